@@ -113,6 +113,18 @@ def test_more_noise_and_lower_quality_hurt_more():
     assert error(blur_prob=1, sinc_prob=0, kernel_probs=(1, 0, 0, 0, 0, 0), sigma=(3, 3)) > 1.1*clean
 
 
+def test_the_last_jpeg_and_the_last_sinc_leave_their_mark_in_either_order():
+    x = photo(side=128)
+    still = D.Pass(blur_prob=0, resize_probs=(0, 0, 1), gaussian_prob=1, gaussian=(0, 0), jpeg=(95, 95.5))
+    plain = D.RealESRGAN(first=still, second=still, final_sinc_prob=0, modes=("area",))
+    coarse = replace(plain, second=replace(still, jpeg=(5, 5.5)))
+    for seed in range(12):  # both orders occur
+        ref = D.realesrgan(x, 4, seed, plain)
+        assert (D.realesrgan(x, 4, seed, coarse) - ref).abs().mean() > 1/127.5
+    sinc = [(D.realesrgan(x, 4, s, replace(plain, final_sinc_prob=1)) - D.realesrgan(x, 4, s, plain)).abs().mean().item() for s in range(12)]
+    assert np.mean(sinc) > 1/127.5
+
+
 def test_draws_follow_the_published_shares():
     rng, sizes = np.random.default_rng(0), D.RealESRGAN().kernel_sizes
     sinc = np.mean([(D.draw_kernel(rng, D.Pass(), sizes) < 0).any() for _ in range(2000)])

@@ -181,7 +181,7 @@ def jpeg(x: torch.Tensor, quality: int) -> torch.Tensor:
     Image.fromarray(a).save(f, "JPEG", quality=quality, subsampling=2)
     return torch.from_numpy(np.asarray(Image.open(f)).astype(np.float32)/255).permute(2, 0, 1).contiguous()
 
-# %% ../nbs/tools/03_degradations.ipynb #2c3c89bc
+# %% ../nbs/tools/03_degradations.ipynb #1aaebcd7
 def _pass(x: torch.Tensor, rng: np.random.Generator, cfg: RealESRGAN, p: Pass, base: tuple[int, int] | None = None) -> torch.Tensor:
     "Blur, resize, noise of pass `p`; its JPEG belongs to the caller."
     if rng.random() < p.blur_prob: x = blur(x, draw_kernel(rng, p, cfg.kernel_sizes))
@@ -210,7 +210,8 @@ def realesrgan(
 def _low_size(hr: torch.Tensor, scale: int) -> tuple[int, int]:
     "Size of the low-resolution image; raises `ValueError` where it is no whole number of pixels."
     h, w = hr.shape[-2:]
-    if scale < 1 or h % scale or w % scale or hr.shape[-3] != 3: raise ValueError(f"image of shape {tuple(hr.shape)}: wants 3 channels and sides divisible by {scale}")
+    if scale < 1 or h % scale or w % scale or hr.shape[-3] != 3:
+        raise ValueError(f"image of shape {tuple(hr.shape)}: wants 3 channels and sides divisible by {scale}")
     return h//scale, w//scale
 
 def _quantise(x: torch.Tensor) -> torch.Tensor:

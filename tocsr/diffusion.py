@@ -66,10 +66,11 @@ def predict_clean(unet, z_t, t, schedule, cond=None) -> Tensor:
     "Clean latent estimate (b, c, h, w); arguments as `predict`."
     return predict(unet, z_t, t, schedule, cond)[1]
 
-# %% ../nbs/tools/05_diffusion.ipynb #566fc7da
-def diffusion_loss(unet, z0: Tensor, t: Tensor, noise: Tensor, schedule: DDPMScheduler, cond: Tensor | None = None) -> Tensor:
-    "L_diff of eq. 5, mean over all elements."
-    return (predict_epsilon(unet, schedule.add_noise(z0, noise, t), t, schedule, cond) - noise).pow(2).mean()
+# %% ../nbs/tools/05_diffusion.ipynb #9f3a92e1
+def diffusion_loss(unet, z0: Tensor, t: Tensor, noise: Tensor, schedule: DDPMScheduler, cond: Tensor | None = None, reduce: bool = True) -> Tensor:
+    "L_diff of eq. 5: mean over all elements, or per latent (b,) without `reduce`."
+    error = (predict_epsilon(unet, schedule.add_noise(z0, noise, t), t, schedule, cond) - noise).pow(2).flatten(1).mean(1)
+    return error.mean() if reduce else error
 
 @torch.no_grad()
 def ddim_sample(

@@ -17,7 +17,7 @@ import tocsr.runtime  # tunes the allocator before the first large tensor
 
 # %% auto #0
 __all__ = ['PatchPCA', 'fit_pca', 'ResidualBlock', 'LowResAutoencoder', 'start_from_pca', 'LatentCodec', 'save_codec',
-           'load_codec', 'LinearDenoiser']
+           'load_codec', 'moments', 'translation_average', 'LinearDenoiser']
 
 # %% ../nbs/tools/04_latents.ipynb #02711887
 class PatchPCA(ModelMixin, ConfigMixin):
@@ -143,22 +143,44 @@ def load_codec(source: str | Path, **kwargs) -> LatentCodec:
     if name not in _CLASSES: raise ValueError(f"{source} holds a {name}; known autoencoders: {', '.join(_CLASSES)}")
     return LatentCodec(_CLASSES[name].from_pretrained(source, use_safetensors=True, **kwargs)).eval()
 
-# %% ../nbs/tools/04_latents.ipynb #aca1383b
+# %% ../nbs/tools/04_latents.ipynb #f32563e0
+def moments(batches) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+    "Mean (d,), covariance (d, d) and shape (c, s, s) of latent crops; sums are accumulated, no crop is kept."
+    n, total, outer, shape = 0, 0., 0., None
+    for z in batches:
+        shape, flat = tuple(z.shape[1:]), z.flatten(1)
+        n, total, outer = n + len(z), total + flat.double().sum(0), outer + (flat.T @ flat).double()
+    mean = total/n
+    return mean.float(), (outer/n - mean[:, None]*mean).float(), shape
+
+def translation_average(cov: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    "Replace each entry of a covariance (c h w, c h w) by the mean over all position pairs with the same displacement."
+    c, h, w = shape
+    y, x = torch.arange(h).repeat_interleave(w), torch.arange(w).repeat(h)
+    bins = ((y[:, None] - y + h - 1)*(2*w - 1) + x[:, None] - x + w - 1).flatten()
+    pairs = cov.view(c, h*w, c, h*w).transpose(1, 2).reshape(c*c, -1)
+    count = torch.bincount(bins, minlength=(2*h - 1)*(2*w - 1))
+    means = torch.zeros(c*c, len(count)).index_add_(1, bins, pairs)/count
+    return means[:, bins].view(c, c, h*w, h*w).transpose(1, 2).reshape(c*h*w, c*h*w)
+
+# %% ../nbs/tools/04_latents.ipynb #03a94404
 class LinearDenoiser:
     "Wiener denoiser from the full covariance of latent patches (c, s, s); `fit` on training crops."
     def __init__(self, mean: Tensor, variance: Tensor, vectors: Tensor, shape: tuple[int, ...]):
         self.mean, self.variance, self.vectors, self.shape = mean, variance, vectors, tuple(shape)
 
     @classmethod
-    def fit(cls, batches) -> "LinearDenoiser":
-        "`batches` yields latent crops (b, c, s, s); second moments are accumulated, nothing is kept."
-        n, total, outer, shape = 0, 0., 0., None
-        for z in batches:
-            shape, flat = z.shape[1:], z.flatten(1)
-            n, total, outer = n + len(z), total + flat.double().sum(0), outer + (flat.T @ flat).double()
-        mean = total/n
-        variance, vectors = torch.linalg.eigh((outer/n - mean[:, None]*mean).float())
-        return cls(mean.float(), variance.clamp_min(0), vectors, shape)
+    def fit(cls, batches, stationary: float = 0.0) -> "LinearDenoiser":
+        "`batches` yields latent crops (b, c, s, s); `stationary` in [0, 1] is the share of the translation-averaged covariance."
+        mean, cov, shape = moments(batches)
+        return cls.from_moments(mean, cov, shape, stationary)
+
+    @classmethod
+    def from_moments(cls, mean: Tensor, cov: Tensor, shape, stationary: float = 0.0) -> "LinearDenoiser":
+        "From mean (d,) and covariance (d, d) of crops of `shape`."
+        if stationary: cov, mean = cov.lerp(translation_average(cov, shape), stationary), mean.lerp(mean.view(shape).mean((1, 2), keepdim=True).expand(shape).flatten(), stationary)
+        variance, vectors = torch.linalg.eigh(cov)
+        return cls(mean, variance.clamp_min(0), vectors, shape)
 
     def epsilon(self, z_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         "Noise estimate (b, c, s, s) at signal and noise scales `alpha`, `sigma`, each (b,)."

@@ -12,7 +12,7 @@ __all__ = ['PROFILES', 'DataConfig', 'AutoencoderConfig', 'UNetConfig', 'Teacher
            'CompactConfig', 'AdaptConfig', 'OneStepConfig', 'AblationConfig', 'EvalConfig', 'Profile', 'ProfileError',
            'get_profile', 'override']
 
-# %% ../nbs/tools/00_profiles.ipynb #abb6c4cb
+# %% ../nbs/tools/00_profiles.ipynb #54f99dd4
 @dataclass(frozen=True)
 class DataConfig:
     "Which photographs, and how large the crops are."
@@ -55,6 +55,7 @@ class TeacherConfig:
     "Base UNet in 4 channels, its expansion to 16 (table S4), joint fine-tuning (algorithm S2)."
     start: str = "shipped"        # as in AutoencoderConfig
     prediction: str = "v_prediction"  # "epsilon" is the paper's; both train the epsilon loss (ours: better conditioned)
+    weighting: str = "linear"     # of timesteps in the loss: "linear" (ours) counts every noise level relative to the linear denoiser's error, "epsilon" is the paper's
     base_steps: int = 200         # 4-channel base
     expand_steps: int = 60       # each of v1, v2, v3, bridge: equal budgets
     joint_steps: int = 30         # UNet and autoencoder together
@@ -81,13 +82,14 @@ class SurrogateConfig:
 @dataclass(frozen=True)
 class SearchConfig:
     "epsilon-constrained Bayesian optimization (algorithm 1)."
-    eps: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7)  # relative: multiples of the fidelity of the paper's own vector
-    iterations: int = 12          # per eps (paper: 40)
-    initial: int = 6              # quasi-random evaluations per run (ours; the paper is silent)
-    seeds: int = 3
+    eps: tuple[float, ...] = (0.2, 0.4, 0.7, 1.0)  # in units of `eps_unit`, ascending
+    iterations: int = 12          # evaluations per eps, the initial ones included (paper: 40)
+    initial: int = 6              # random evaluations at the start of each of the paper's runs (ours; the paper is silent)
+    seeds: int = 3                # synthetic problems of the comparison in the notebook
     fidelity_samples: int = 64    # latents, each at one noise level, common to all architectures
     fidelity_batch: int = 32
     target_ratio: float = 6.6     # parameter budget: teacher / 6.6
+    eps_unit: str = "paper vector"  # what one eps is: the f_acc of the paper's own vector, or "absolute"
 
 @dataclass(frozen=True)
 class CompactConfig:
@@ -102,27 +104,25 @@ class CompactConfig:
 class AdaptConfig:
     "Conditional diffusion training for super-resolution (algorithm S3)."
     degradation: str = "realesrgan"   # or "bicubic"
-    start: str = "shipped"
-    pool: int = 768               # training pairs, cropped, degraded and encoded once
-    steps: int = 300
+    pool: int = 512               # training pairs, cropped, degraded and encoded once
+    steps: int = 600
     batch: int = 16
-    lr: float = 5e-4
+    lr: float = 1e-3
     ema: float = 0.99
     sample_steps: tuple[int, ...] = (1, 2, 4, 10)
 
 @dataclass(frozen=True)
 class OneStepConfig:
     "One-step distillation (algorithm S4)."
-    start: str = "shipped"
-    steps: int = 200
+    steps: int = 240              # of each student, and of the regression network
     batch: int = 16
-    lr: float = 3e-4
+    lr: float = 5e-4
     teacher_steps: int = 10       # DDIM steps of the multi-step teacher's endpoint
-    endpoints: int = 256          # pairs of the pool whose endpoint is computed and cached
+    endpoints: int = 512          # pairs of the pool whose endpoint is computed and cached
     distill: float = 0.1          # weight of L_distill in our variant (the paper's: L_distill alone)
     pixel: float = 1.0            # weight of the L1 distance to the HR image
     gradient: float = 1.0         # weight of the multi-scale gradient distance to the HR image
-    baseline_lr: float = 5e-4     # of the equal-cost L1 regression network, trained for `steps` steps too
+    baseline_lr: float = 5e-4     # of the equal-cost L1 regression network
 
 @dataclass(frozen=True)
 class AblationConfig:
@@ -164,14 +164,14 @@ class Profile:
         "Nested plain dictionary, for `meta.json`."
         return asdict(self)
 
-# %% ../nbs/tools/00_profiles.ipynb #67bfbb31
+# %% ../nbs/tools/00_profiles.ipynb #089b1fb7
 def _smoke() -> Profile:
     return Profile(
         "smoke",
         autoencoder=AutoencoderConfig(steps=6, batch=4, pca_patches=6_000, eval_images=3, compare_steps=3),
         teacher=TeacherConfig(base_steps=4, expand_steps=3, joint_steps=2, batch=4, warmup=2, eval_samples=16, linear_crops=1_000),
         surrogates=SurrogateConfig(steps=3, batch=4, eval_batches=1),
-        search=SearchConfig(eps=(0.3, 0.7), iterations=2, initial=4, seeds=1, fidelity_samples=16, fidelity_batch=16),
+        search=SearchConfig(eps=(0.5, 1.0), iterations=4, initial=2, seeds=1, fidelity_samples=16, fidelity_batch=16),
         compact=CompactConfig(steps=3, batch=4),
         adapt=AdaptConfig(pool=12, steps=3, batch=4, sample_steps=(1, 2)),
         onestep=OneStepConfig(steps=3, batch=4, teacher_steps=2, endpoints=8),
@@ -187,8 +187,8 @@ def _release() -> Profile:
         surrogates=SurrogateConfig(steps=3_000, batch=32, eval_batches=16),
         search=SearchConfig(eps=(0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5), iterations=40, seeds=20, fidelity_samples=512),
         compact=CompactConfig(steps=20_000, ema=0.9995),
-        adapt=AdaptConfig(start="scratch", pool=16_384, steps=20_000, batch=32, ema=0.9995, sample_steps=(1, 2, 4, 10, 50)),
-        onestep=OneStepConfig(start="scratch", steps=10_000, batch=32, teacher_steps=50, endpoints=8_192),
+        adapt=AdaptConfig(pool=16_384, lr=5e-4, steps=20_000, batch=32, ema=0.9995, sample_steps=(1, 2, 4, 10, 50)),
+        onestep=OneStepConfig(lr=3e-4, steps=10_000, batch=32, teacher_steps=50, endpoints=16_384),
         ablation=AblationConfig(pool=8_192, steps=5_000, batch=32),
         eval=EvalConfig(crops=100, crop=512, metrics=("psnry", "ssim", "niqe", "lpips", "stlpips", "dists", "musiq", "fid")))
 
@@ -199,8 +199,8 @@ def _gpu() -> Profile:
                               warmup=300, ema=0.999, eval_samples=1024, linear_crops=60_000),
         surrogates=SurrogateConfig(steps=1_000, batch=64, eval_batches=8),
         compact=CompactConfig(steps=4_000, batch=128, ema=0.999),
-        adapt=AdaptConfig(start="scratch", pool=8_192, steps=4_000, batch=64, ema=0.999, sample_steps=(1, 2, 4, 10, 50)),
-        onestep=OneStepConfig(start="scratch", steps=2_000, batch=64, teacher_steps=20, endpoints=4_096),
+        adapt=AdaptConfig(pool=8_192, steps=4_000, batch=64, ema=0.999, sample_steps=(1, 2, 4, 10, 50)),
+        onestep=OneStepConfig(steps=2_000, batch=64, teacher_steps=20, endpoints=8_192),
         ablation=AblationConfig(pool=4_096, steps=800, batch=64))
 
 def _paper() -> Profile:
@@ -209,14 +209,14 @@ def _paper() -> Profile:
         data=DataConfig(source="", patch=512),
         autoencoder=AutoencoderConfig(teacher="", shape="", start="scratch", steps=100_000, batch=32, lr=1e-4, eval_images=100),
         unet=UNetConfig(channels=(320, 640, 1280, 1280), heads=(8, 8, 8, 8), context_dim=768, context_tokens=77, checkpoint=""),
-        teacher=TeacherConfig(start="scratch", prediction="epsilon", base_steps=0, expand_steps=20_000, joint_steps=50_000, batch=64,
+        teacher=TeacherConfig(start="scratch", prediction="epsilon", weighting="epsilon", base_steps=0, expand_steps=20_000, joint_steps=50_000, batch=64,
                               lr=1e-5, warmup=1_000, ema=0.9999, eval_samples=1024),
         surrogates=SurrogateConfig(steps=20_000, batch=32, lr=1e-4, eval_batches=32),
-        search=SearchConfig(eps=(0.001, 0.002, 0.003, 0.004, 0.005, 0.006, 0.007, 0.008), iterations=40, seeds=1, fidelity_samples=512, fidelity_batch=16),
+        search=SearchConfig(eps=(0.001, 0.002, 0.003, 0.004, 0.005, 0.006, 0.007, 0.008), eps_unit="absolute", iterations=40, seeds=1, fidelity_samples=512, fidelity_batch=16),
         compact=CompactConfig(steps=100_000, batch=64, lr=1e-5, ema=0.9999),
-        adapt=AdaptConfig(start="scratch", pool=262_144, steps=100_000, batch=64, lr=5e-5, ema=0.9999, sample_steps=(1, 2, 4, 10, 50)),
-        onestep=OneStepConfig(start="scratch", steps=50_000, batch=32, lr=1e-5, teacher_steps=50, endpoints=65_536),
-        ablation=AblationConfig(pool=65_536, steps=50_000, batch=32, lr=1e-4),
+        adapt=AdaptConfig(pool=32_768, steps=100_000, batch=64, lr=5e-5, ema=0.9999, sample_steps=(1, 2, 4, 10, 50)),
+        onestep=OneStepConfig(steps=50_000, batch=32, lr=1e-5, teacher_steps=50, endpoints=32_768),
+        ablation=AblationConfig(pool=32_768, steps=50_000, batch=32, lr=1e-4),
         eval=EvalConfig(crops=3_000, crop=512, metrics=("psnry", "ssim", "lpips", "dists", "niqe", "musiq", "maniqa", "clipiqa", "fid")))
 
 _BUILDERS = dict(smoke=_smoke, cpu=lambda: Profile("cpu"), release=_release, gpu=_gpu, paper=_paper)

@@ -1,0 +1,126 @@
+"The pipeline with small random weights: sizes, kinds, batches, tiles, files, errors."
+import json
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tocsr.adapt import condition
+from tocsr.degradations import degrade, imresize
+from tocsr.diffusion import nano_unet, noise_schedule
+from tocsr.latents import LatentCodec, fit_pca
+from tocsr.onestep import Generator
+from tocsr.pipeline import TOCSRPipeline, as_tensors, tiled
+from tocsr.profiles import UNetConfig
+from tocsr.store import StoreError
+from tocsr.surrogates import cut
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    torch.manual_seed(0)
+    cfg = UNetConfig(channels=(32, 32, 32, 32), heads=(1, 1, 1, 1), layers=1, groups=8)
+    smooth = F.interpolate(torch.rand(8, 3, 16, 16), 64, mode="bicubic").clamp(0, 1)*2 - 1
+    return TOCSRPipeline(Generator(LatentCodec(fit_pca(smooth)), condition(cut(nano_unet(cfg, 16)), 16), noise_schedule("v_prediction")))
+
+
+def picture(h, w, seed=0):
+    "A smooth random picture, uint8 (h, w, 3)."
+    x = imresize(torch.rand(3, 5, 5, generator=torch.Generator().manual_seed(seed)), size=(h, w)).clamp(0, 1)
+    return (x*255).byte().permute(1, 2, 0).numpy()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 5), (33, 65), (1, 40), (2, 300)])
+def test_every_size_comes_out_four_times_as_large(pipe, size):
+    out = pipe(picture(*size), tile=64, overlap=16, output_type="np").images[0]
+    assert out.shape == (4*size[0], 4*size[1], 3) and out.dtype == np.uint8
+
+
+@pytest.mark.parametrize("kind", ["pil", "np", "pt"])
+def test_kinds_in_and_out_agree(pipe, kind):
+    a = picture(12, 20)
+    given = dict(pil=Image.fromarray(a), np=a, pt=torch.from_numpy(a).permute(2, 0, 1)/127.5 - 1)[kind]
+    want, out = pipe(a, output_type="np").images[0], pipe(given, output_type=kind).images[0]
+    got = dict(pil=np.asarray, np=np.asarray, pt=lambda t: ((t + 1)*127.5).round().byte().permute(1, 2, 0).numpy())[kind](out)
+    assert np.abs(got.astype(int) - want).max() <= 1
+
+
+def test_a_batch_equals_its_pictures(pipe):
+    a = [picture(12, 20, s) for s in range(3)]
+    together = pipe(np.stack(a), output_type="np").images
+    assert all((pipe(x, output_type="np").images[0] == y).all() for x, y in zip(a, together))
+    mixed = pipe([a[0], Image.fromarray(picture(5, 9))], output_type="np").images
+    assert (mixed[0] == together[0]).all() and mixed[1].shape == (20, 36, 3)
+
+
+def test_seed_decides_the_result(pipe):
+    a = picture(16, 16)
+    r = [pipe(a, seed=s, output_type="np").images[0] for s in (3, 3, 4)]
+    assert (r[0] == r[1]).all() and not (r[0] == r[2]).all()
+
+
+@pytest.mark.parametrize("scale, size", [(4, (80, 48)), (3, (60, 36)), (2, (40, 24)), (1.5, (30, 18))])
+def test_smaller_scales(pipe, scale, size):
+    assert pipe(picture(20, 12), scale=scale, output_type="np").images[0].shape[:2] == size
+
+
+def test_tiles_do_not_show_where_the_generator_is_local():
+    x, noise = torch.rand(1, 3, 256, 320), torch.randn(1, 16, 32, 40)
+    local = lambda v, z: v + F.interpolate(z[:, :3], scale_factor=8)
+    assert torch.allclose(tiled(local, x, noise, 128, 64), local(x, noise), atol=1e-5)
+
+
+def test_tiled_result_has_no_seam(pipe):
+    "Attention and normalisation see one tile, so results differ; steps between neighbouring pixels at tile edges must not."
+    out = pipe(picture(64, 96), tile=32, overlap=16, consistency=False, output_type="pt").images[0]
+    step = out.diff(dim=-1).abs().mean((0, 1))                      # (4*96 - 1,)
+    edges = [c - 1 for c in range(64, 384, 64)]                     # tiles start every 64 HR pixels
+    assert step[edges].mean() < 2*step.mean()
+
+
+def test_consistency_on_bicubic_inputs_is_below_half_a_grey_level(pipe):
+    strict = TOCSRPipeline(pipe.generator, coarse=1)
+    hr = imresize(torch.rand(1, 3, 12, 12, generator=torch.Generator().manual_seed(1)), size=(128, 128)).clamp(0, 1)*1.6 - .8
+    lr = degrade(hr, "bicubic")
+    sr = strict(lr, output_type="np").images[0]
+    back = imresize(torch.from_numpy(sr).permute(2, 0, 1)[None]/127.5 - 1, 1/4)
+    assert (back - lr).abs().mean()*127.5 < 0.5
+
+
+def test_a_saved_pipeline_is_the_same(pipe, tmp_path):
+    a = picture(16, 16)
+    pipe.save_pretrained(tmp_path/"m")
+    assert (TOCSRPipeline.from_pretrained(tmp_path/"m")(a, output_type="np").images[0] == pipe(a, output_type="np").images[0]).all()
+    assert {f.suffix for f in (tmp_path/"m").rglob("*") if f.is_file()} == {".json", ".safetensors"}
+
+
+@pytest.mark.parametrize("image, words", [
+    (torch.full((3, 4, 4), float("nan")), "NaN"), (torch.zeros(1, 4, 4), "(1, 4, 4)"), (torch.zeros(3, 4, 4, dtype=torch.uint8), "floating point"),
+    (np.zeros((4, 4, 4), np.uint8), "(4, 4, 4)"), (np.zeros((4, 4, 3), np.float32), "uint8"), (np.zeros((0, 4, 3), np.uint8), "without pixels"),
+    ("photo.png", "str"), ([], "no picture"), (torch.full((3, 4, 4), 200.), "200")])
+def test_bad_pictures_are_refused_with_a_reason(pipe, image, words):
+    with pytest.raises(ValueError, match="(?s).*") as e: pipe(image)
+    assert words in str(e.value)
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (dict(scale=8), "at most 4"), (dict(scale=-1), "above 0"), (dict(tile=100), "multiples of 16"), (dict(tile=32, overlap=32), "overlap"), (dict(output_type="jpg"), "pil")])
+def test_bad_arguments_are_refused_with_a_reason(pipe, arguments, words):
+    with pytest.raises(ValueError) as e: pipe(picture(8, 8), **arguments)
+    assert words in str(e.value)
+
+
+def test_broken_folders_are_refused(pipe, tmp_path):
+    with pytest.raises(StoreError, match="config.json is missing"): TOCSRPipeline.from_pretrained(tmp_path)
+    folder = pipe.save_pretrained(tmp_path/"m")
+    weights = folder/"unet"/"model.safetensors"
+    whole = weights.read_bytes(); weights.write_bytes(whole[:len(whole)//2])
+    with pytest.raises(StoreError, match="truncated"): TOCSRPipeline.from_pretrained(folder)
+    weights.write_bytes(whole)
+    (folder/"config.json").write_text(json.dumps(dict(_class_name="StableDiffusionPipeline")))
+    with pytest.raises(StoreError, match="StableDiffusionPipeline"): TOCSRPipeline.from_pretrained(folder)
+
+
+def test_sixteen_bit_and_transparent_pictures_are_converted():
+    deep = Image.fromarray(np.full((4, 4), 65535, np.uint16))
+    assert as_tensors(deep)[0].min() == 1 and as_tensors(Image.new("RGBA", (3, 3), (0, 0, 0, 0)))[0].min() == 1
