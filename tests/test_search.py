@@ -208,3 +208,11 @@ def test_tape_charges_its_own_history_once():
 def test_additive_search_is_deterministic():
     problem = synthetic_problem(4, 3, "medium", 1)
     assert sequence(additive_search(problem, EPS, 12)) == sequence(additive_search(problem, EPS, 12))
+
+
+def test_cost_of_a_rare_combination_is_exact():
+    "A saving that only one combination has, as when a whole level is removed, must not be missed."
+    table = np.array([[4.0, 3.0, 2.0]]*6)
+    cost = lambda X: table[np.arange(6), X].sum(1) - 5.0*(X == 2).all(1)
+    costs = Costs(SearchSpace({f"s{i}": ("a", "b", "c") for i in range(6)}, cost))
+    assert costs([(2,)*6, (2,)*5 + (1,)]).tolist() == [7.0, 13.0]

@@ -125,7 +125,7 @@ class LatentCodec(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor: return self.decode(self.encode(x))
 
-# %% ../nbs/tools/04_latents.ipynb #814601df
+# %% ../nbs/tools/04_latents.ipynb #d192f95b
 _CLASSES = dict(PatchPCA=PatchPCA, LowResAutoencoder=LowResAutoencoder, AutoencoderKL=AutoencoderKL, AutoencoderTiny=AutoencoderTiny)
 
 def save_codec(codec: LatentCodec, folder: str | Path) -> Path:
@@ -141,7 +141,7 @@ def load_codec(source: str | Path, **kwargs) -> LatentCodec:
         name = json.loads((sub/"config.json").read_text()).get("_class_name")
     else: name = AutoencoderKL.load_config(source, **kwargs).get("_class_name")
     if name not in _CLASSES: raise ValueError(f"{source} holds a {name}; known autoencoders: {', '.join(_CLASSES)}")
-    return LatentCodec(_CLASSES[name].from_pretrained(source, use_safetensors=True, **kwargs)).eval()
+    return LatentCodec(_CLASSES[name].from_pretrained(source, use_safetensors=True, **kwargs)).float().eval()  # shipped weights are stored in half precision
 
 # %% ../nbs/tools/04_latents.ipynb #f32563e0
 def moments(batches) -> tuple[Tensor, Tensor, tuple[int, ...]]:

@@ -12,7 +12,7 @@ __all__ = ['PROFILES', 'DataConfig', 'AutoencoderConfig', 'UNetConfig', 'Teacher
            'CompactConfig', 'AdaptConfig', 'OneStepConfig', 'AblationConfig', 'EvalConfig', 'Profile', 'ProfileError',
            'get_profile', 'override']
 
-# %% ../nbs/tools/00_profiles.ipynb #54f99dd4
+# %% ../nbs/tools/00_profiles.ipynb #c7b2c037
 @dataclass(frozen=True)
 class DataConfig:
     "Which photographs, and how large the crops are."
@@ -127,7 +127,6 @@ class OneStepConfig:
 @dataclass(frozen=True)
 class AblationConfig:
     "Latent channels and UNet size (tables 3 and S7): four one-step models from scratch, trained alike (ours)."
-    channels: tuple[int, ...] = (4, 16)
     pool: int = 256
     steps: int = 120
     batch: int = 16
@@ -164,10 +163,10 @@ class Profile:
         "Nested plain dictionary, for `meta.json`."
         return asdict(self)
 
-# %% ../nbs/tools/00_profiles.ipynb #089b1fb7
+# %% ../nbs/tools/00_profiles.ipynb #85333b94
 def _smoke() -> Profile:
     return Profile(
-        "smoke",
+        "smoke", data=DataConfig(patch=96),
         autoencoder=AutoencoderConfig(steps=6, batch=4, pca_patches=6_000, eval_images=3, compare_steps=3),
         teacher=TeacherConfig(base_steps=4, expand_steps=3, joint_steps=2, batch=4, warmup=2, eval_samples=16, linear_crops=1_000),
         surrogates=SurrogateConfig(steps=3, batch=4, eval_batches=1),
@@ -222,16 +221,16 @@ def _paper() -> Profile:
 _BUILDERS = dict(smoke=_smoke, cpu=lambda: Profile("cpu"), release=_release, gpu=_gpu, paper=_paper)
 PROFILES: tuple[str, ...] = tuple(_BUILDERS)
 
-# %% ../nbs/tools/00_profiles.ipynb #fce912b0
+# %% ../nbs/tools/00_profiles.ipynb #2e712e01
 class ProfileError(ValueError):
     "Unknown profile, or an override that names no field."
 
 def get_profile(
-    name: str | None = None,      # one of `PROFILES`; None or "": `$TOCSR_PROFILE`, else "cpu"
+    name: str | None = None,      # one of `PROFILES`; None or "": `$TOCSR_PROFILE`, else "smoke" under nbdev_test, else "cpu"
     **overrides,                  # `data=dict(source="/photos")` or `seed=3`: fields to replace
 ) -> Profile:
     "The named profile with `overrides` applied; raises `ProfileError` with the valid names."
-    name = name or os.environ.get("TOCSR_PROFILE") or "cpu"
+    name = name or os.environ.get("TOCSR_PROFILE") or ("smoke" if os.environ.get("IN_TEST") == "1" else "cpu")
     if name not in _BUILDERS: raise ProfileError(f"unknown profile {name!r}; choose one of {', '.join(PROFILES)}")
     return override(_BUILDERS[name](), **overrides)
 
