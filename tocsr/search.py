@@ -25,11 +25,11 @@ from .surrogates import (OUR_PAPER_ARCHITECTURE, PAPER_ARCHITECTURE, REMOVED, Ar
 from .training import fit, step_generator
 
 # %% auto #0
-__all__ = ['INTERACTION', 'ENUMERATE', 'AMPLITUDES', 'LOG_SD', 'METHODS', 'METHOD_COLORS', 'LIVE', 'PAPER_S6', 'VARIANTS',
-           'SearchError', 'SearchSpace', 'enumerate_space', 'random_vectors', 'neighbours', 'cost_table', 'pick',
-           'Costs', 'Evaluation', 'Journal', 'Problem', 'Tape', 'check_grid', 'Answer', 'answer', 'truth_front',
-           'best_so_far', 'evaluations_to', 'synthetic_problem', 'measure_all', 'propose', 'step_rng', 'random_unseen',
-           'one_hot', 'gaussian_processes', 'constrained_ei', 'paper_search', 'random_search', 'greedy_search',
+__all__ = ['INTERACTION', 'ENUMERATE', 'AMPLITUDES', 'LOG_SD', 'METHODS', 'METHOD_COLORS', 'LIVE', 'VARIANTS', 'SearchError',
+           'SearchSpace', 'enumerate_space', 'random_vectors', 'neighbours', 'cost_table', 'pick', 'Costs',
+           'Evaluation', 'Journal', 'Problem', 'Tape', 'check_grid', 'Answer', 'answer', 'truth_front', 'best_so_far',
+           'evaluations_to', 'synthetic_problem', 'measure_all', 'propose', 'step_rng', 'random_unseen', 'one_hot',
+           'gaussian_processes', 'constrained_ei', 'paper_search', 'random_search', 'greedy_search',
            'integer_programme', 'fit_additive', 'additive_search', 'StructuredGP', 'negative_log_posterior',
            'fit_amplitudes', 'knapsack', 'structured_step', 'structured_search', 'run_method', 'regret_curve',
            'synthetic_comparison', 'comparison_rows', 'plot_regret', 'surrogate_space', 'as_architecture', 'as_vector',
@@ -766,16 +766,13 @@ def load_evaluations(artifact: Artifact) -> list[Evaluation]:
     rows = [json.loads(l) for l in artifact.file("evaluations.jsonl").read_text().splitlines()]
     return [Evaluation(**{**r, "arch": tuple(r["arch"]), "gap": float("nan") if r["gap"] is None else r["gap"]}) for r in rows]
 
-# %% ../nbs/03_search.ipynb #159b886a
-PAPER_S6 = (dict(candidate=1, params_M=173, eps=0.001, fid=18.3), dict(candidate=2, params_M=161, eps=0.003, fid=19.4),
-            dict(candidate=3, params_M=146, eps=0.005, fid=22.9), dict(candidate=4, params_M=130, eps=0.007, fid=22.6))  # as reported
-
-def table_s6(results: dict, teacher_M: float = 859.46) -> list[dict]:
+# %% ../nbs/03_search.ipynb #6668963f
+def table_s6(results: dict, source: str) -> list[dict]:
     "Table S6: the paper's candidates as reported, then ours at this profile's scale, smallest eps first."
-    paper = [dict(source="paper (reported)", candidate=r["candidate"], eps=r["eps"], params_M=r["params_M"], ratio=teacher_M/r["params_M"], FID=r["fid"]) for r in PAPER_S6]
-    ours = [dict(source=f"ours ({r['method']})", candidate=i + 1, eps=r["eps"], params_M=r["params"]/1e6, ratio=r["ratio"], f_acc=r["f_acc"], architecture=r["architecture"])
-            for i, r in enumerate(x for x in results["front"] if x["method"] == LIVE[0] and x["feasible"])]
-    return paper + ours
+    from tocsr.report import beside_paper
+    front = [x for x in results["front"] if x["method"] == LIVE[0] and x["feasible"]]
+    return beside_paper("table_s6", [{"candidate": f"{i + 1} ({r['method']})", "params M": r["params"]/1e6, "eps": r["eps"], "f_acc": r["f_acc"], "fewer params": r["ratio"], "architecture": r["architecture"]}
+                                     for i, r in enumerate(front)], source)
 
 def plot_front(results: dict, evaluations: Sequence[Evaluation]):
     "Parameters against f_acc: all that was measured, every method's answers, the paper's vector."
