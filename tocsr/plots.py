@@ -134,7 +134,7 @@ def stamp(record: dict) -> str:
     c = record["config"]
     return f"profile {record['profile']}, {record['scale']} scale: UNet {'/'.join(map(str, c['unet']['channels']))} wide, {c['data']['patch']} px patches"
 
-# %% ../nbs/tools/09_plots.ipynb #63e1706c
+# %% ../nbs/tools/09_plots.ipynb #8392746f
 def _bytes(fig: plt.Figure, kind: str, **kw) -> bytes:
     out = io.BytesIO()
     fig.savefig(out, format=kind, bbox_inches="tight", pad_inches=0.04, **kw)
@@ -155,7 +155,8 @@ def save_figure(
     "Write `name`.png, `name`.pdf and `name`.json, each atomically; the profile is printed below unless it is at the paper's scale."
     fig.draw_without_rendering(); fig.set_layout_engine("none")  # every further pass of the layout would move the axes by a hair
     text = stamp(record)
-    note = fig.text(0.995, -0.005, text, ha="right", va="top", fontsize=5.5, color="#777777") if text else None
+    lowest = min(0, fig.get_tightbbox().y0/fig.get_figheight())  # a legend may lie outside the axes
+    note = fig.text(0.995, lowest - 0.005, text, ha="right", va="top", fontsize=5.5, color="#777777") if text else None
     with mpl.rc_context({"pdf.fonttype": 42}):
         files = {f"{name}.png": _bytes(fig, "png", dpi=dpi, metadata={"Software": None}),
                  f"{name}.pdf": _bytes(fig, "pdf", dpi=dpi, metadata={"CreationDate": None, "Producer": None, "Creator": None})}
