@@ -12,7 +12,7 @@ __all__ = ['PROFILES', 'DataConfig', 'AutoencoderConfig', 'UNetConfig', 'Teacher
            'CompactConfig', 'AdaptConfig', 'OneStepConfig', 'AblationConfig', 'EvalConfig', 'Profile', 'ProfileError',
            'get_profile', 'override', 'notebook_profile']
 
-# %% ../nbs/tools/00_profiles.ipynb #d4cde188
+# %% ../nbs/tools/00_profiles.ipynb #298ebaa1
 @dataclass(frozen=True)
 class DataConfig:
     "Which photographs, and how large the crops are."
@@ -30,14 +30,14 @@ class AutoencoderConfig:
     base_channels: int = 4        # latent channels of the base autoencoder
     shape: str = "lowres"         # student: "lowres" (ours), "tiny" (diffusers AutoencoderTiny) or a path
     start: str = "shipped"        # "shipped" weights go downstream, or "scratch": what is trained here does
-    steps: int = 220              # of the training run shown in the notebook (and of the result, from scratch)
+    steps: int = 150              # of the training run shown in the notebook (and of the result, from scratch)
     batch: int = 16
     lr: float = 5e-4
     lam_lat: float = 0.1
     lam_rec: float = 1.0
     pca_patches: int = 60_000     # 8x8 patches that fit the closed-form teacher
     eval_images: int = 12
-    compare_steps: int = 60       # of ours in the comparison of shapes; the other shape gets the same multiply-accumulates
+    compare_steps: int = 45       # of ours in the comparison of shapes; the other shape gets the same multiply-accumulates
 
 @dataclass(frozen=True)
 class UNetConfig:
@@ -56,9 +56,9 @@ class TeacherConfig:
     start: str = "shipped"        # as in AutoencoderConfig
     prediction: str = "v_prediction"  # "epsilon" is the paper's; both train the epsilon loss (ours: better conditioned)
     weighting: str = "linear"     # of timesteps in the loss: "linear" (ours) counts every noise level relative to the linear denoiser's error, "epsilon" is the paper's
-    base_steps: int = 200         # 4-channel base
-    expand_steps: int = 60       # each of v1, v2, v3, bridge: equal budgets
-    joint_steps: int = 30         # UNet and autoencoder together
+    base_steps: int = 120         # 4-channel base
+    expand_steps: int = 40       # each of v1, v2, v3, bridge: equal budgets
+    joint_steps: int = 20         # UNet and autoencoder together
     steps: int = 0                # further steps of the expanded teacher after the joint phase
     batch: int = 32
     lr: float = 5e-4
@@ -66,7 +66,7 @@ class TeacherConfig:
     ema: float = 0.999
     lam_vae: float = 1.0          # weight of L_VAE in the joint phase (ours)
     eval_levels: int = 10         # noise levels: midpoints of equal slices of the schedule
-    eval_samples: int = 256       # held-out latent crops
+    eval_samples: int = 128       # held-out latent crops
     linear_crops: int = 12_000    # latent crops that fit the linear denoiser
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class SearchConfig:
 @dataclass(frozen=True)
 class CompactConfig:
     "End-to-end fine-tuning of the chosen architecture (eq. 16)."
-    steps: int = 300
+    steps: int = 200
     batch: int = 32
     lr: float = 5e-4
     ema: float = 0.995
