@@ -54,7 +54,7 @@ test-wheel:
 	$(call timed,wheel,$(PY) -m pip wheel --quiet --disable-pip-version-check --no-deps -w $(T)/dist . && rm -rf build/lib build/bdist.* \
 	&& $(call venv,$(T)/wheel) && echo $(SITE) > $$($(T)/wheel/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/lent.pth \
 	&& $(T)/wheel/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(T)/dist/tocsr-*.whl \
-	&& cp tests/installed.py $(T)/wheel && cd $(T)/wheel && $(ENV) $(T)/wheel/bin/python installed.py)
+	&& away=$$(mktemp -d) && cp tests/installed.py $$away && cd $$away && $(ENV) $(T)/wheel/bin/python installed.py && rm -r $$away)
 
 clean:
 	rm -rf build dist *.egg-info
