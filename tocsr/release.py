@@ -203,7 +203,7 @@ def _limits(record: dict) -> str:
         "- The joint fine-tuning of UNet and autoencoder (last line of algorithm S2) was **not run**: `teacher` and `codec16` were trained one after the other.",
         "- A super-resolution model invents detail. Do not read faces, number plates, medical or scientific images from its output."))
 
-# %% ../nbs/tools/15_release.ipynb #038cbd73
+# %% ../nbs/tools/15_release.ipynb #b1899596
 def model_card(record: dict) -> str:
     """Markdown for `tocsr/weights/README.md`. Numbers come from `record` alone:
 
@@ -219,7 +219,7 @@ def model_card(record: dict) -> str:
     overview = [(f"[{w['name']}](#{w['name']})", WHAT[w["name"]].split(":")[0].split(";")[0]) for w in record["weights"]]
     return "\n\n".join((
         "---\nlicense: apache-2.0\nlibrary_name: diffusers\npipeline_tag: image-to-image\ntags: [super-resolution, diffusion, image-restoration]\n---",
-        "# Weights of tocsr", "Small models trained for the reproducible companion of TOC-SR (arXiv 2605.02767), by its profile `release`. Their licence is Apache-2.0; the photographs keep their own terms.",
+        "# Weights of tocsr", "Small models trained for the reproducible companion of TOC-SR (arXiv 2605.02767), by the code of profile `release`, for the steps named below. Their licence is Apache-2.0; the photographs keep their own terms.",
         _table(("weights", "what"), overview), *map(_weights_section, record["weights"]),
         "## Training data", _photo_section(record["photos"]), "## Limits", _limits(record),
         "## Machine and versions", _table(("", ""), [*_flat(record["machine"]), *_flat(record["versions"])]))) + "\n"

@@ -84,23 +84,27 @@ def _scope(obj) -> dict:
     if isinstance(obj, type): return vars(sys.modules[obj.__module__])
     return getattr(inspect.unwrap(obj), "__globals__", {})
 
-# %% ../nbs/tools/01_store.ipynb #b9a5c7fb
+# %% ../nbs/tools/01_store.ipynb #453bdb65
 def source_hash(
     *roots,                       # functions or classes
 ) -> str:                         # 16 hex digits
     "Hash of the syntax of `roots` and of all of the library's code and constants that they reach by name."
-    seen, queue = {}, [inspect.unwrap(r) for r in roots]
+    seen, parts, queue = set(), [], [inspect.unwrap(r) for r in roots]
     while queue:
         obj = queue.pop()
-        label = getattr(obj, "__qualname__", repr(obj))
-        if label in seen: continue
+        if id(obj) in seen: continue
+        seen.add(id(obj))
         tree, scope = _tree(obj), {**_scope(obj), **_local_imports(obj)}
-        seen[label] = ast.dump(tree)
+        parts.append((obj.__qualname__, ast.dump(tree)))
         for name in _free_names(tree):
             target = scope.get(name)
             if isinstance(target, (types.FunctionType, type)) and _is_ours(target): queue.append(inspect.unwrap(target))
-            elif isinstance(target, (int, float, str, bytes, tuple, frozenset)) and not name.startswith("__"): seen[f"{label}.{name}"] = repr(target)
-    return hashlib.sha256(json.dumps(sorted(seen.items())).encode()).hexdigest()[:16]
+            elif isinstance(target, (int, float, str, bytes, tuple, frozenset)) and not name.startswith("__"): parts.append((name, _constant(target)))
+    return hashlib.sha256(json.dumps(sorted(set(parts))).encode()).hexdigest()[:16]
+
+def _constant(value) -> str:
+    "Text of a constant, the same in every process: the order of a set of strings is not."
+    return repr(sorted(value, key=repr) if isinstance(value, frozenset) else value)
 
 # %% ../nbs/tools/01_store.ipynb #4cd8710e
 def file_hash(path: str | Path) -> str:
