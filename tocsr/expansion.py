@@ -17,7 +17,7 @@ from .profiles import AutoencoderConfig, DataConfig, Profile, TeacherConfig, UNe
 from .store import Artifact, Run, load_weights, need, read_weights, save_weights, stage, write_json
 from .images import Photos, load_photos
 from .latents import LatentCodec, LinearDenoiser, moments, LowResAutoencoder, fit_pca, load_codec, save_codec, start_from_pca
-from .diffusion import (denoising_errors, diffusion_loss, linear_epsilon, linear_ratio, nano_unet, noise_schedule, predict_epsilon, ddim_sample)
+from .diffusion import (denoising_errors, diffusion_loss, linear_epsilon, linear_ratio, nano_unet, noise_schedule, predict_epsilon, ddim_sample, uniform_timesteps)
 from .training import fit, step_generator
 
 # %% auto #0
@@ -147,15 +147,12 @@ class LatentBank:
 
     @classmethod
     @torch.no_grad()
-    def encode(cls, codec: LatentCodec, photos: Photos, limit: int = 20_000, device: str = "cpu") -> "LatentBank":
-        "Encode up to `limit` photographs (evenly spaced in the listing) once, in both orientations."
-        from tocsr.images import to_tensor
-        maps, f, stride = [], codec.factor, max(1, math.ceil(len(photos)/limit))
+    def encode(cls, codec: LatentCodec, photos: Photos, limit: int = 20_000, device: str = "cpu", sizes: tuple[float, ...] = (1.0,)) -> "LatentBank":
+        "Encode up to `limit` photographs (evenly spaced in the listing) once, at every relative size, in both orientations."
+        maps, stride = [], max(1, math.ceil(len(photos)/limit))
         codec = codec.to(device)
         for i in range(0, len(photos), stride):
-            x = to_tensor(photos.read(i)[None]).to(device)
-            x = x[..., :x.shape[-2]//f*f, :x.shape[-1]//f*f]
-            maps += [codec.encode(x)[0].cpu(), codec.encode(x.flip(-1))[0].cpu()]
+            for x in _resized(photos.read(i), sizes, codec.factor): maps += [codec.encode(v.to(device))[0].cpu() for v in (x, x.flip(-1))]
         return cls(maps)
 
     def crops(self, n: int, size: int, generator: torch.Generator) -> Tensor:
@@ -165,6 +162,17 @@ class LatentBank:
         picks, u = torch.multinomial(weight, n, replacement=True, generator=generator), torch.rand(n, 2, generator=generator)
         at = lambda side, v: int(v*(side - size + 1))
         return torch.stack([self.maps[i][:, (y := at(self.maps[i].shape[-2], a)):y + size, (w := at(self.maps[i].shape[-1], b)):w + size] for i, (a, b) in zip(picks.tolist(), u.tolist())])
+
+def _resized(photo, sizes: tuple[float, ...], factor: int):
+    "A photograph, uint8 (h, w, 3), at several relative sizes (Lanczos) as (1, 3, h', w') with sides that are multiples of `factor`; sizes below 16 latents are left out."
+    import numpy as np
+    from PIL import Image
+    from tocsr.images import to_tensor
+    for s in sizes:
+        im = Image.fromarray(photo); side = [round(v*s)//factor*factor for v in im.size]
+        if min(side) < 16*factor and s != 1: continue
+        x = photo if s == 1 else np.asarray(im.resize([round(v*s) for v in im.size], Image.Resampling.LANCZOS))
+        yield to_tensor(np.ascontiguousarray(x[:side[1], :side[0]])[None])
 
 # %% ../nbs/01_expansion.ipynb #353f1836
 def timestep_weights(kind: str, schedule: DDPMScheduler, bank: "LatentBank") -> Tensor:
@@ -199,7 +207,7 @@ def train_unet(
     def loss(step, models):
         g, dev = step_generator(seed, step), next(unet.parameters()).device
         z0 = bank.crops(cfg.batch, size, g)
-        t, noise = torch.randint(schedule.config.num_train_timesteps, (len(z0),), generator=g), torch.randn(z0.shape, generator=g)
+        t, noise = uniform_timesteps(len(z0), g, schedule), torch.randn(z0.shape, generator=g)
         error = diffusion_loss(models["unet"], z0.to(dev), t.to(dev), noise.to(dev), schedule, reduce=False)
         return dict(loss=(error*weights[t].to(dev)).mean(), epsilon=error.mean())
     return fit(dict(unet=unet), loss, steps, lr or cfg.lr, scratch, warmup=min(cfg.warmup, steps//4), ema=cfg.ema if steps > 400 else min(cfg.ema, 1 - 5/max(steps, 10)),
@@ -372,7 +380,7 @@ def run_teacher(run: Run) -> dict:
     p, cfg, size = run.profile, run.profile.teacher, run.profile.data.patch//8
     photos = load_photos(p.data); train, val = photos.split("train"), photos.split("val")
     old, new = load_codecs(run.up["autoencoder"], p)
-    banks = dict(old=LatentBank.encode(old, train), new=LatentBank.encode(new, train))
+    banks = {k: LatentBank.encode(c, train, sizes=cfg.sizes) for k, c in dict(old=old, new=new).items()}
     held = LatentBank.encode(new, val).crops(cfg.eval_samples, size, torch.Generator().manual_seed(5))
     base, schedule = make_base(p)
     run.log("base UNet in the old latents")
@@ -392,7 +400,7 @@ def run_teacher(run: Run) -> dict:
 def _finish(run: Run, teacher: Teacher, train: Photos, val: Photos):
     "Further steps of the expanded UNet on its own, now fixed, latents; fit the linear denoiser on the same."
     p, cfg, size = run.profile, run.profile.teacher, run.profile.data.patch//8
-    bank, held = LatentBank.encode(teacher.codec, train), LatentBank.encode(teacher.codec, val).crops(cfg.eval_samples, size, torch.Generator().manual_seed(5))
+    bank, held = LatentBank.encode(teacher.codec, train, sizes=cfg.sizes), LatentBank.encode(teacher.codec, val).crops(cfg.eval_samples, size, torch.Generator().manual_seed(5))
     curve = []
     if cfg.start == "scratch" and cfg.steps:
         curve = [h["epsilon"] for h in train_unet(teacher.unet, bank, teacher.schedule, cfg.steps, cfg, run.scratch/"teacher", size, p.seed + 1, log=run.log, device=p.device, mixed_precision=p.mixed_precision)]

@@ -19,7 +19,7 @@ from .store import file_hash
 
 # %% auto #0
 __all__ = ['METRICS', 'GABOR_WAVELENGTH', 'GABOR_ANGLES', 'GABOR_OCTAVES', 'Metric', 'MetricError', 'WeightsError', 'metric',
-           'lower_better', 'available', 'to_unit', 'frechet', 'lite0_features', 'gabor_bank', 'gabor_features',
+           'lower_better', 'available', 'to_unit', 'frechet', 'lite0', 'lite0_features', 'gabor_bank', 'gabor_features',
            'inception_features', 'measure', 'summary', 'summarize', 'record']
 
 # %% ../nbs/tools/08_metrics.ipynb #cd619276
@@ -164,7 +164,7 @@ def frechet(
 
 # %% ../nbs/tools/08_metrics.ipynb #be2daca5
 @lru_cache(maxsize=None)
-def _lite0(device: str) -> torch.nn.Module:
+def lite0(device: str) -> torch.nn.Module:
     "EfficientNet-lite0; the file's tensors come in timm's order under other names."
     import timm
     net = timm.create_model("tf_efficientnet_lite0", pretrained=False)
@@ -178,7 +178,7 @@ def lite0_features(
     images: Sequence[torch.Tensor],  # (3, h, w) in [0, 1]
 ) -> np.ndarray:                  # (cells, 40)
     "EfficientNet-lite0 features of all 8x8 cells of all images."
-    net = _lite0(str(images[0].device))
+    net = lite0(str(images[0].device))
     maps = [net.forward_intermediates((x[None] - 0.5)/0.5, indices=[2], intermediates_only=True)[0][0] for x in images]
     return torch.cat([m.flatten(1).T for m in maps]).double().cpu().numpy()
 

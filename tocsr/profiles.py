@@ -64,6 +64,7 @@ class TeacherConfig:
     lr: float = 5e-4
     warmup: int = 50
     ema: float = 0.999
+    sizes: tuple[float, ...] = (1.0,)  # photographs are encoded at these relative sizes: a smaller one shows more of the scene per crop (ours)
     lam_vae: float = 1.0          # weight of L_VAE in the joint phase (ours)
     eval_levels: int = 10         # noise levels: midpoints of equal slices of the schedule
     eval_samples: int = 128       # held-out latent crops
@@ -103,8 +104,8 @@ class CompactConfig:
 @dataclass(frozen=True)
 class AdaptConfig:
     "Conditional diffusion training for super-resolution (algorithm S3)."
-    degradation: str = "realesrgan"   # or "bicubic"
-    pool: int = 384               # training pairs, cropped, degraded and encoded once
+    degradation: str = "realesrgan"   # or "bicubic", or "mixed"
+    pool: int = 768               # training pairs, cropped, degraded and encoded once
     steps: int = 400
     batch: int = 16
     lr: float = 1e-3
@@ -114,14 +115,19 @@ class AdaptConfig:
 @dataclass(frozen=True)
 class OneStepConfig:
     "One-step distillation (algorithm S4)."
-    steps: int = 120              # of each student, and of the regression network
+    steps: int = 250              # of each student, and of the regression network
     batch: int = 16
     lr: float = 5e-4
     teacher_steps: int = 10       # DDIM steps of the multi-step teacher's endpoint
-    endpoints: int = 256          # pairs of the pool whose endpoint is computed and cached
+    endpoints: int = 768          # pairs of the pool whose endpoint is computed and cached
     distill: float = 0.1          # weight of L_distill in our variant (the paper's: L_distill alone)
     pixel: float = 1.0            # weight of the L1 distance to the HR image
     gradient: float = 1.0         # weight of the multi-scale gradient distance to the HR image
+    feature: float = 0.1          # weight of the distance between ImageNet features
+    adversarial: float = 0.01     # weight of the critic's opinion
+    decoder: bool = True          # the decoder is trained along
+    ablation: tuple[str, ...] = ("pixels", "features")  # parts of our loss that are trained beside it: pixels, decoder, features
+    ema: float = 0.99
     baseline_lr: float = 5e-4     # of the equal-cost L1 regression network
 
 @dataclass(frozen=True)
@@ -182,12 +188,12 @@ def _release() -> Profile:
         "release",
         autoencoder=AutoencoderConfig(start="scratch", steps=12_000, pca_patches=400_000, eval_images=40),
         teacher=TeacherConfig(start="scratch", base_steps=6_000, expand_steps=1_000, joint_steps=500, steps=40_000, warmup=500,
-                              ema=0.9995, eval_samples=1024, linear_crops=60_000),
+                              ema=0.9995, sizes=(1.0, 0.5), eval_samples=1024, linear_crops=60_000),
         surrogates=SurrogateConfig(steps=3_000, batch=32, eval_batches=16),
         search=SearchConfig(eps=(0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5), iterations=40, seeds=20, fidelity_samples=512),
         compact=CompactConfig(steps=20_000, ema=0.9995),
-        adapt=AdaptConfig(pool=16_384, lr=5e-4, steps=20_000, batch=32, ema=0.9995, sample_steps=(1, 2, 4, 10, 50)),
-        onestep=OneStepConfig(lr=3e-4, steps=10_000, batch=32, teacher_steps=50, endpoints=16_384),
+        adapt=AdaptConfig(degradation="mixed", pool=16_384, lr=5e-4, steps=20_000, batch=32, ema=0.9995, sample_steps=(1, 2, 4, 10, 50)),
+        onestep=OneStepConfig(lr=3e-4, steps=10_000, batch=32, ema=0.999, ablation=("pixels", "decoder", "features"), teacher_steps=50, endpoints=16_384),
         ablation=AblationConfig(pool=8_192, steps=5_000, batch=32),
         eval=EvalConfig(crops=100, crop=512, metrics=("psnry", "ssim", "niqe", "lpips", "stlpips", "dists", "musiq", "fid")))
 
@@ -195,11 +201,11 @@ def _gpu() -> Profile:
     return replace(_release(), name="gpu", mixed_precision="bf16",
         autoencoder=AutoencoderConfig(start="scratch", steps=4_000, batch=64, pca_patches=400_000, eval_images=40),
         teacher=TeacherConfig(start="scratch", base_steps=4_000, expand_steps=500, joint_steps=300, steps=8_000, batch=128, lr=1e-3,
-                              warmup=300, ema=0.999, eval_samples=1024, linear_crops=60_000),
+                              warmup=300, ema=0.999, sizes=(1.0, 0.5), eval_samples=1024, linear_crops=60_000),
         surrogates=SurrogateConfig(steps=1_000, batch=64, eval_batches=8),
         compact=CompactConfig(steps=4_000, batch=128, ema=0.999),
-        adapt=AdaptConfig(pool=8_192, steps=4_000, batch=64, ema=0.999, sample_steps=(1, 2, 4, 10, 50)),
-        onestep=OneStepConfig(steps=2_000, batch=64, teacher_steps=20, endpoints=8_192),
+        adapt=AdaptConfig(degradation="mixed", pool=8_192, steps=4_000, batch=64, ema=0.999, sample_steps=(1, 2, 4, 10, 50)),
+        onestep=OneStepConfig(steps=2_000, batch=64, ema=0.995, ablation=("pixels", "decoder", "features"), teacher_steps=20, endpoints=8_192),
         ablation=AblationConfig(pool=4_096, steps=800, batch=64))
 
 def _paper() -> Profile:
