@@ -6,7 +6,6 @@
 from __future__ import annotations
 import os, time
 from copy import deepcopy
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Iterable, NamedTuple
 import torch
@@ -119,8 +118,7 @@ def make_pairs(
     return PairPool(folder)
 
 # %% ../nbs/04_adapt.ipynb #272ca90f
-@dataclass
-class SRModel:
+class SRModel(NamedTuple):
     "A conditioned network, its noise schedule, and what it diffuses: the sharp latent (`gain` None, the paper's) or the residual over z_l (ours)."
     unet: nn.Module
     schedule: DDPMScheduler
@@ -207,7 +205,7 @@ def sample_sr(
 def heldout_pairs(p: Profile) -> tuple[Tensor, Tensor]:  # (n, 3, s*h, s*w), (n, 3, h, w)
     "`p.eval.crops` HR crops of `p.eval.crop` pixels from held-out photographs, and their degraded twins."
     hr = torch.cat([load_photos(p.data).split("val").crops(1, p.eval.crop, step_generator(p.data.seed + 7919, i)) for i in range(p.eval.crops)])
-    return hr, degrade(hr, p.adapt.degradation, p.data.scale, [10**9 + i for i in range(len(hr))])   # 10^9: no training pair has these seeds
+    return hr, degrade(hr, p.eval.degradation, p.data.scale, [10**9 + i for i in range(len(hr))])   # 10^9: no training pair has these seeds
 
 def save_model(folder: Path, model: SRModel) -> Path:
     "Folder with unet/ (configuration, architecture, safetensors), scheduler/ and, for a residual, gain.safetensors."
@@ -253,7 +251,7 @@ def evaluate_steps(models: dict[str, SRModel], codec: LatentCodec, p: Profile) -
     return rows, images | dict(HR=hr[:4])
 
 # %% ../nbs/04_adapt.ipynb #72a826f2
-@stage("adapt", upstream=("teacher", "compact"), config=lambda p: (p.adapt, p.eval.crops, p.eval.crop))
+@stage("adapt", upstream=("teacher", "compact"), config=lambda p: (p.adapt, p.eval))
 def run_adapt(run: Run) -> dict:
     "Train for super-resolution (algorithm S3): the compact backbone on the residual (ours) and on the latent (paper), the uncut teacher on the residual; quality on held-out crops by number of steps."
     p, cfg, source = run.profile, run.profile.adapt, load_teacher(run.up["teacher"])

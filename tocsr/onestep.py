@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Callable
 import torch
 import torch.nn.functional as F
+from diffusers import DDPMScheduler
 from torch import nn, Tensor
 from torch.nn.utils.parametrizations import spectral_norm
 from .profiles import OneStepConfig, Profile
@@ -19,7 +20,7 @@ from .adapt import Chunks, PairPool, SRModel, heldout_pairs, load_adapted, load_
 from .complexity import count_macs, count_params
 from .degradations import imresize
 from .diffusion import ddim_sample, predict_clean
-from .expansion import load_teacher
+from .expansion import _shipped_hash, load_teacher, shipped
 from .latents import LatentCodec, ResidualBlock, load_codec, save_codec
 from .metrics import lite0
 from .runtime import pick_device
@@ -39,9 +40,15 @@ def one_step(model: SRModel, z_T: Tensor, z_l: Tensor) -> Tensor:
 
 class Generator(nn.Module):
     "The whole one-step path: encoder, one network call, decoder."
-    def __init__(self, codec: LatentCodec, model: SRModel):
+    def __init__(self, codec: LatentCodec, unet: nn.Module, schedule: DDPMScheduler, gain: Tensor | None = None):
         super().__init__()
-        self.codec, self.unet, self.model = codec, model.unet, model
+        self.codec, self.unet, self.schedule = codec, unet, schedule
+        self.register_buffer("gain", gain)   # moves and casts with the networks
+
+    @property
+    def model(self) -> SRModel:
+        "Network, schedule and gain."
+        return SRModel(self.unet, self.schedule, self.gain)
 
     def forward(self, x: Tensor, noise: Tensor) -> Tensor:
         "Upsampled images (b, 3, h, w), noise (b, c, h/8, w/8) -> images (b, 3, h, w), not clipped."
@@ -149,7 +156,7 @@ def distill(
     def loss(step, live):
         i = torch.randint(len(endpoints), (cfg.batch,), generator=step_generator(seed, step)).tolist()
         pair, z_0 = pool.batch(i), endpoints.read("z_0", i).float().to(dev)
-        z = one_step(replace(model, unet=live["unet"]), start_noise(z_0.shape[1:], noise_seed, i).to(dev), pair.z_l.to(dev))
+        z = one_step(model._replace(unet=live["unet"]), start_noise(z_0.shape[1:], noise_seed, i).to(dev), pair.z_l.to(dev))
         parts = dict(distill=(z - z_0).pow(2).mean())
         if weights.pixel or weights.gradient or features: parts |= picture_losses(codec.decode(z), pair.hr.to(dev), features, live.get("critic"))
         rate = {"adversarial": weights.adversarial*min(1, 5*step/cfg.steps), "critic": 1.0}
@@ -232,7 +239,7 @@ def load_generator(folder: str | Path) -> tuple[Generator, dict]:
     try: config = json.loads(file.read_text())
     except json.JSONDecodeError as e: raise StoreError(f"{file} is damaged ({e})") from e
     if config.get("_class_name") != "TOCSRPipeline": raise StoreError(f"{file} describes a {config.get('_class_name')}, not a TOCSRPipeline")
-    return Generator(load_codec(Path(folder)/"vae").float(), load_model(folder)).float().eval(), config
+    return Generator(load_codec(Path(folder)/"vae").float(), *load_model(folder)).float().eval(), config
 
 def load_onestep(artifact: Artifact, variant: str = "ours") -> tuple[Generator, dict]:
     "What stage `onestep` left: a variant of the loss, 'ours' or 'paper' among them."
@@ -270,7 +277,7 @@ def competitors(multistep: dict[str, SRModel], students: dict[str, Generator], n
         return f
     out = {"bicubic": (lambda lr, i: upsample(lr, scale), dict(steps=0, macs_G=0., params_M=0.)),
            "L1 regression": (lambda lr, i: net(lr.to(dev)), dict(steps=1, macs_G=count_macs(net, torch.empty(1, 3, side//scale, side//scale))/1e9, params_M=count_params(net)/1e6))}
-    out |= {f"{name}, {n} steps": (sampled(m), cost(Generator(codec, m), n)) for name, m in multistep.items()}
+    out |= {f"{name}, {n} steps": (sampled(m), cost(Generator(codec, *m), n)) for name, m in multistep.items()}
     for name, g in students.items(): out |= {name: (once(g, False), cost(g, 1)), f"{name} + consistency": (once(g, True), cost(g, 1))}
     return out
 
@@ -295,31 +302,32 @@ def train_students(run: Run, multistep: dict[str, SRModel], codec: LatentCodec, 
     for name, w in loss_variants(cfg).items():
         source = "paper" if name == "paper" else "ours"
         t, model = time.perf_counter(), multistep[source]
-        students[name] = Generator(deepcopy(codec), replace(model, unet=deepcopy(model.unet)))
+        students[name] = Generator(deepcopy(codec), deepcopy(model.unet), model.schedule, model.gain)
         run.log(f"student '{name}': {asdict(w)}")
         curves[name] = distill(students[name], pool, ends[source], cfg, w, run.scratch/name, p.seed, p.seed + 2, p.device, p.mixed_precision, run.log)
         cost[f"{name}_s"] = time.perf_counter() - t
     return students, curves, cost
 
-@stage("onestep", upstream=("teacher", "adapt"), config=lambda p: (p.onestep, p.eval, p.adapt.degradation))
+@stage("onestep", upstream=("teacher", "adapt"), config=lambda p: (p.onestep, p.eval, p.adapt.degradation, _shipped_hash("shipped" if p.onestep.shipped else "", "onestep/unet", "onestep/vae")))
 def run_onestep(run: Run) -> dict:
     "One-step students by the paper's loss, by ours and by parts of ours, a regression net of equal cost, all on held-out crops."
     p, cfg, codec = run.profile, run.profile.onestep, load_teacher(run.up["teacher"]).codec
     multistep = {v: load_adapted(run.up["adapt"], v) for v in ("paper", "ours")}
     pool, coarse, side = load_pool(run.up["adapt"]), COARSE[p.adapt.degradation], p.data.patch
     students, curves, cost = train_students(run, multistep, codec, pool)
-    macs = count_macs(Generator(codec, multistep["ours"]), torch.empty(1, 3, side, side), torch.empty(1, codec.channels, side//8, side//8))
+    macs = count_macs(Generator(codec, *multistep["ours"]), torch.empty(1, 3, side, side), torch.empty(1, codec.channels, side//8, side//8))
     torch.manual_seed(p.seed)
     t, net = time.perf_counter(), equal_cost_net(macs, side//p.data.scale, p.data.scale)
     run.log(f"regression net of equal cost: {net.blocks} blocks")
     curves["L1 regression"] = train_regression(net, pool, cfg, run.scratch/"l1", p.seed, p.device, p.mixed_precision, run.log)
     cost["L1 regression_s"] = time.perf_counter() - t
     for name, g in students.items(): save_generator(run.dir/name, g.cpu(), p.data.scale, coarse, profile=p.name, degradation=p.adapt.degradation, loss=name, steps=cfg.steps)
-    rows, images = evaluate(competitors(multistep, students, net, codec, p, coarse), p)
+    shown = dict(shipped=load_generator(shipped("onestep"))[0]) if cfg.shipped else {}
+    rows, images = evaluate(competitors(multistep, students | shown, net, codec, p, coarse), p)
     save_weights(run.dir/"regression.safetensors", net)
     save_weights(run.dir/"images.safetensors", images)
     write_json(run.dir/"curves.json", curves)
-    return dict(rows=rows, cost=cost, blocks=net.blocks, coarse=coarse, degradation=p.adapt.degradation, threads=torch.get_num_threads())
+    return dict(rows=rows, cost=cost, blocks=net.blocks, coarse=coarse, degradation=p.eval.degradation, threads=torch.get_num_threads())
 
 def evaluate(methods: dict[str, tuple[Callable, dict]], p: Profile) -> tuple[list[dict], dict[str, Tensor]]:
     "One row per method with metrics, cost and seconds; images (<= 4, 3, h, w) of the first crops by method."

@@ -110,6 +110,7 @@ class AdaptConfig:
     batch: int = 16
     lr: float = 1e-3
     ema: float = 0.99
+    shipped: bool = True          # the weights that ship stand beside what is trained here
     sample_steps: tuple[int, ...] = (1, 2, 4, 10)
 
 @dataclass(frozen=True)
@@ -141,6 +142,7 @@ class AblationConfig:
 @dataclass(frozen=True)
 class EvalConfig:
     "Super-resolution evaluation."
+    degradation: str = "realesrgan"   # of the evaluation crops; training may mix
     crops: int = 16               # held-out degraded crops
     crop: int = 256               # HR side in pixels (paper: 512)
     metrics: tuple[str, ...] = ("psnry", "ssim", "niqe", "lpips", "stlpips")
@@ -193,7 +195,7 @@ def _release() -> Profile:
         search=SearchConfig(eps=(0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5), iterations=40, seeds=20, fidelity_samples=512),
         compact=CompactConfig(steps=20_000, ema=0.9995),
         adapt=AdaptConfig(degradation="mixed", pool=16_384, lr=5e-4, steps=20_000, batch=32, ema=0.9995, sample_steps=(1, 2, 4, 10, 50)),
-        onestep=OneStepConfig(lr=3e-4, steps=10_000, batch=32, ema=0.999, ablation=("pixels", "decoder", "features"), teacher_steps=50, endpoints=16_384),
+        onestep=OneStepConfig(shipped=False, lr=3e-4, steps=10_000, batch=32, ema=0.999, ablation=("pixels", "decoder", "features"), teacher_steps=50, endpoints=16_384),
         ablation=AblationConfig(pool=8_192, steps=5_000, batch=32),
         eval=EvalConfig(crops=100, crop=512, metrics=("psnry", "ssim", "niqe", "lpips", "stlpips", "dists", "musiq", "fid")))
 
@@ -205,7 +207,7 @@ def _gpu() -> Profile:
         surrogates=SurrogateConfig(steps=1_000, batch=64, eval_batches=8),
         compact=CompactConfig(steps=4_000, batch=128, ema=0.999),
         adapt=AdaptConfig(degradation="mixed", pool=8_192, steps=4_000, batch=64, ema=0.999, sample_steps=(1, 2, 4, 10, 50)),
-        onestep=OneStepConfig(steps=2_000, batch=64, ema=0.995, ablation=("pixels", "decoder", "features"), teacher_steps=20, endpoints=8_192),
+        onestep=OneStepConfig(shipped=False, steps=2_000, batch=64, ema=0.995, ablation=("pixels", "decoder", "features"), teacher_steps=20, endpoints=8_192),
         ablation=AblationConfig(pool=4_096, steps=800, batch=64))
 
 def _paper() -> Profile:
@@ -220,7 +222,7 @@ def _paper() -> Profile:
         search=SearchConfig(eps=(0.001, 0.002, 0.003, 0.004, 0.005, 0.006, 0.007, 0.008), eps_unit="absolute", iterations=40, seeds=1, fidelity_samples=512, fidelity_batch=16),
         compact=CompactConfig(steps=100_000, batch=64, lr=1e-5, ema=0.9999),
         adapt=AdaptConfig(pool=32_768, steps=100_000, batch=64, lr=5e-5, ema=0.9999, sample_steps=(1, 2, 4, 10, 50)),
-        onestep=OneStepConfig(steps=50_000, batch=32, lr=1e-5, teacher_steps=50, endpoints=32_768),
+        onestep=OneStepConfig(shipped=False, steps=50_000, batch=32, lr=1e-5, teacher_steps=50, endpoints=32_768),
         ablation=AblationConfig(pool=32_768, steps=50_000, batch=32, lr=1e-4),
         eval=EvalConfig(crops=3_000, crop=512, metrics=("psnry", "ssim", "lpips", "dists", "niqe", "musiq", "maniqa", "clipiqa", "fid")))
 
