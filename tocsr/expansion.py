@@ -23,9 +23,10 @@ from .training import fit, step_generator
 # %% auto #0
 __all__ = ['VARIANTS', 'vae_loss', 'pca_teacher', 'make_student', 'train_autoencoder', 'widen_autoencoder', 'fit_bridge',
            'fold_bridge', 'expand_unet', 'LatentBank', 'timestep_weights', 'crop_batches', 'train_unet',
-           'train_jointly', 'shipped', 'autoencoder_teacher', 'round_trip', 'run_autoencoder', 'compare_shapes',
-           'Teacher', 'save_teacher', 'read_teacher', 'load_teacher', 'load_codecs', 'make_base', 'compare_expansions',
-           'joint_phase', 'strongest_linear', 'judge', 'run_teacher', 'shipped_teacher', 'sample_latents']
+           'train_jointly', 'shipped', 'shipped_hash', 'autoencoder_teacher', 'round_trip', 'run_autoencoder',
+           'compare_shapes', 'Teacher', 'save_teacher', 'read_teacher', 'load_teacher', 'load_codecs', 'make_base',
+           'compare_expansions', 'joint_phase', 'strongest_linear', 'judge', 'run_teacher', 'shipped_teacher',
+           'sample_latents']
 
 # %% ../nbs/01_expansion.ipynb #ba61c108
 def vae_loss(
@@ -237,13 +238,13 @@ def train_jointly(
 
 # %% ../nbs/01_expansion.ipynb #715e1673
 def shipped(name: str) -> Path:
-    "Folder of the weights that the library ships under `name` ('codec16', 'codec4', 'teacher'); raises `FileNotFoundError` when it ships none."
+    "Folder of the weights that the library ships under `name` ('codec16', 'codec4', 'teacher', 'onestep'); raises `FileNotFoundError` when it ships none."
     path = Path(str(files("tocsr")))/"weights"/name
     if not (path/"config.json").is_file(): raise FileNotFoundError(f"tocsr ships no weights {name!r} ({path}); use profile release, which trains them")
     return path
 
-def _shipped_hash(start: str, *names: str) -> list[str]:
-    "Hashes of the shipped weights that a stage starts from."
+def shipped_hash(start: str, *names: str) -> list[str]:
+    "Hashes of the shipped weights that a stage starts from; none unless `start` is 'shipped'."
     from tocsr.store import file_hash
     return [file_hash(f) for n in names for f in sorted(shipped(n).glob("*.safetensors"))] if start == "shipped" else []
 
@@ -261,7 +262,7 @@ def round_trip(codec: LatentCodec, images: Tensor, metrics=("psnr", "ssim", "fd_
     return summarize(metrics, torch.cat([codec(x).clamp(-1, 1) for x in images.split(8)]), images, border=0)
 
 # %% ../nbs/01_expansion.ipynb #52643752
-@stage("autoencoder", config=lambda p: (p.autoencoder, _shipped_hash(p.autoencoder.start, "codec16", "codec4")))
+@stage("autoencoder", config=lambda p: (p.autoencoder, shipped_hash(p.autoencoder.start, "codec16", "codec4")))
 def run_autoencoder(run: Run) -> dict:
     "Autoencoders of 4 and 16 channels, their PCA floors, and the training shown in the notebook; table S5's numbers."
     p, cfg = run.profile, run.profile.autoencoder
@@ -374,7 +375,7 @@ def judge(unet, schedule, linear: LinearDenoiser, held: Tensor, cfg: TeacherConf
     return linear_ratio(net, lin) | dict(error=net.mean(1).tolist(), linear_error=lin.mean(1).tolist())
 
 # %% ../nbs/01_expansion.ipynb #6ff8d534
-@stage("teacher", upstream=("autoencoder",), config=lambda p: (p.teacher, p.unet, p.autoencoder, _shipped_hash(p.teacher.start, "teacher/unet", "teacher/vae")))
+@stage("teacher", upstream=("autoencoder",), config=lambda p: (p.teacher, p.unet, p.autoencoder, shipped_hash(p.teacher.start, "teacher/unet", "teacher/vae")))
 def run_teacher(run: Run) -> dict:
     "Base in 4 channels, expansion to 16 (table S4), joint fine-tuning, further training; judged against the linear denoiser."
     p, cfg, size = run.profile, run.profile.teacher, run.profile.data.patch//8

@@ -20,7 +20,7 @@ from .adapt import Chunks, PairPool, SRModel, heldout_pairs, load_adapted, load_
 from .complexity import count_macs, count_params
 from .degradations import imresize
 from .diffusion import ddim_sample, predict_clean
-from .expansion import _shipped_hash, load_teacher, shipped
+from .expansion import shipped_hash, load_teacher, shipped
 from .latents import LatentCodec, ResidualBlock, load_codec, save_codec
 from .metrics import lite0
 from .runtime import pick_device
@@ -308,7 +308,7 @@ def train_students(run: Run, multistep: dict[str, SRModel], codec: LatentCodec, 
         cost[f"{name}_s"] = time.perf_counter() - t
     return students, curves, cost
 
-@stage("onestep", upstream=("teacher", "adapt"), config=lambda p: (p.onestep, p.eval, p.adapt.degradation, _shipped_hash("shipped" if p.onestep.shipped else "", "onestep/unet", "onestep/vae")))
+@stage("onestep", upstream=("teacher", "adapt"), config=lambda p: (p.onestep, p.eval, p.adapt.degradation, shipped_hash("shipped" if p.onestep.shipped else "", "onestep/unet", "onestep/vae")))
 def run_onestep(run: Run) -> dict:
     "One-step students by the paper's loss, by ours and by parts of ours, a regression net of equal cost, all on held-out crops."
     p, cfg, codec = run.profile, run.profile.onestep, load_teacher(run.up["teacher"]).codec
