@@ -72,6 +72,15 @@ def lower_better(name: str) -> bool:
     return metric(name).lower_better
 
 # %% ../nbs/tools/08_metrics.ipynb #5fef621d
+_SHIPPED = {f"pyiqa/{n}_shift_tolerant.pth": f"stlpips_pytorch/weights/vST0.0/{n}_shift_tolerant.pth" for n in ("alex", "vgg")}  # also inside a wheel
+
+def _in_package(path: str) -> Path | None:
+    "A file inside an installed package, which is not imported."
+    name, inside = path.split("/", 1)
+    found = importlib.util.find_spec(name)
+    file = Path(found.origin).parent/inside if found and found.origin else None
+    return file if file and file.is_file() else None
+
 def _weights_path(spec: str) -> Path | None:
     "Where the weights `spec` of a metric are; None when they are not on this machine."
     kind, name = spec.split("/", 1)
@@ -85,7 +94,7 @@ def _weights_path(spec: str) -> Path | None:
         hit = try_to_load_from_cache(timm.get_pretrained_cfg(name).hf_hub_id, "model.safetensors")
         return Path(hit) if isinstance(hit, str) else None
     path = Path(torch.hub.get_dir())/kind/name
-    return path if path.is_file() else None
+    return path if path.is_file() else _in_package(_SHIPPED[spec]) if spec in _SHIPPED else None
 
 def _missing(m: Metric) -> str | None:
     "Why `m` cannot run, naming the first file it lacks; None when all are there or may be fetched."
@@ -94,7 +103,7 @@ def _missing(m: Metric) -> str | None:
         if spec.startswith("package/"): return f"package {spec[8:].replace('_', '-')} is not installed (pip install tocsr[metrics])"
         if os.environ.get("TOCSR_DOWNLOAD") == "1": continue
         where = "the Hugging Face cache lacks the trunk " + spec[5:] if spec.startswith("timm/") else f"no file $TORCH_HOME/hub/{spec}"
-        return f"{where}; TOCSR_DOWNLOAD=1 fetches it"
+        return f"{where}; TOCSR_DOWNLOAD=1 fetches it" + (", pip install tocsr[metrics] brings it" if spec in _SHIPPED else "")
     return None
 
 def available(
@@ -137,6 +146,7 @@ def _pyiqa(name: str, border: int, device: str, hub: str) -> torch.nn.Module:
     download_util.DEFAULT_CACHE_DIR = os.path.join(hub, "pyiqa")  # pyiqa fixes it at its import
     m = metric(name)
     options = dict(m.options, **(dict(crop_border=border) if m.border else {}))
+    if m.weights and m.weights[0] in _SHIPPED and (path := _weights_path(m.weights[0])): options["pretrained_model_path"] = str(path)
     with _readable(name), _weights_only(): return pyiqa.create_metric(name, device=device, **options)
 
 def _per_image(m: Metric, sr: list[torch.Tensor], hr: list[torch.Tensor], border: int) -> list[float]:
