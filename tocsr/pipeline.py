@@ -23,7 +23,8 @@ from .store import StoreError, load_weights, read_weights
 
 # %% auto #0
 __all__ = ['MULTIPLE', 'TILE', 'OVERLAP', 'as_tensors', 'reflect_index', 'Enlarged', 'tile_starts', 'tile_weights', 'tiled',
-           'UpscaleOutput', 'TOCSRPipeline', 'ModelInfo', 'model_info', 'tile_difference', 'measure_peak']
+           'UpscaleOutput', 'TOCSRPipeline', 'model_folder', 'ModelInfo', 'model_info', 'tile_difference',
+           'measure_peak']
 
 # %% ../nbs/tools/13_pipeline.ipynb #9ea53735
 def _from_array(a: np.ndarray) -> list[Tensor]:
@@ -137,7 +138,7 @@ class TOCSRPipeline:
     @classmethod
     def from_pretrained(cls, folder: str | Path | None = None, revision: str | None = None) -> "TOCSRPipeline":
         "From a folder of `save_pretrained` or a name on the Hugging Face hub; None: the weights that the library ships. Raises `StoreError` for what is no model."
-        folder = _model_folder(folder, revision)
+        folder = model_folder(folder, revision)
         if (vae := folder/"vae"/_VAE).is_file(): read_weights(vae)       # damaged? then say so before diffusers does, at length
         generator, config = load_generator(folder)
         if vae.is_file(): load_weights(vae, generator.codec.model)      # diffusers only warns of missing tensors
@@ -210,10 +211,10 @@ class TOCSRPipeline:
         size = tuple(max(1, round(n*factor)) for n in (h, w))
         return sr if size == sr.shape[-2:] else imresize(sr, size=size).clamp_(-1, 1)
 
-# %% ../nbs/tools/13_pipeline.ipynb #a5dd2c85
+# %% ../nbs/tools/13_pipeline.ipynb #6441926e
 _VAE = "diffusion_pytorch_model.safetensors"   # diffusers' name
 
-def _model_folder(source: str | Path | None, revision: str | None = None) -> Path:
+def model_folder(source: str | Path | None, revision: str | None = None) -> Path:
     "The folder of a model: the shipped one, a local one, or a copy from the hub; raises `StoreError` when there is none."
     if source is None:
         try: return shipped("onestep")
