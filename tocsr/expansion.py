@@ -16,7 +16,7 @@ from diffusers import AutoencoderTiny, DDPMScheduler, UNet2DConditionModel
 from .profiles import AutoencoderConfig, DataConfig, Profile, TeacherConfig, UNetConfig
 from .store import Artifact, Run, load_weights, need, read_weights, save_weights, stage, write_json
 from .images import Photos, load_photos
-from .latents import LatentCodec, LinearDenoiser, moments, LowResAutoencoder, fit_pca, load_codec, save_codec, start_from_pca
+from .latents import LatentCodec, LinearDenoiser, moments, LowResAutoencoder, fit_pca, load_codec, save_codec, save_module, start_from_pca
 from .diffusion import (denoising_errors, diffusion_loss, linear_epsilon, linear_ratio, nano_unet, noise_schedule, predict_epsilon, ddim_sample, uniform_timesteps)
 from .training import fit, step_generator
 
@@ -307,8 +307,8 @@ class Teacher:
 
 def save_teacher(teacher: Teacher, folder: Path, dtype: torch.dtype | None = None) -> Path:
     "A diffusers layout: unet/, scheduler/, vae/."
-    for part, name in ((deepcopy(teacher.unet), "unet"), (teacher.schedule, "scheduler"), (deepcopy(teacher.codec.model), "vae")):
-        (part.to(dtype) if dtype and name != "scheduler" else part).save_pretrained(folder/name)
+    for part, name in ((deepcopy(teacher.unet), "unet"), (deepcopy(teacher.codec.model), "vae")): save_module(part.to(dtype) if dtype else part, folder/name)
+    teacher.schedule.save_pretrained(folder/"scheduler")
     return folder
 
 def read_teacher(folder: str | Path) -> Teacher:

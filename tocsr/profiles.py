@@ -110,7 +110,6 @@ class AdaptConfig:
     batch: int = 16
     lr: float = 1e-3
     ema: float = 0.99
-    shipped: bool = True          # the weights that ship stand beside what is trained here
     sample_steps: tuple[int, ...] = (1, 2, 4, 10)
 
 @dataclass(frozen=True)
@@ -129,6 +128,7 @@ class OneStepConfig:
     decoder: bool = True          # the decoder is trained along
     ablation: tuple[str, ...] = ("pixels", "features")  # parts of our loss that are trained beside it: pixels, decoder, features
     ema: float = 0.99
+    shipped: bool = True          # the weights that ship stand beside what is trained here
     baseline_lr: float = 5e-4     # of the equal-cost L1 regression network
 
 @dataclass(frozen=True)
