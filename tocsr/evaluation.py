@@ -506,8 +506,8 @@ def bench_image(side: int) -> Tensor:  # (1, 3, side, side) in [-1, 1]
     return imresize(torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)), size=(side, side)).clamp(0, 1)*2 - 1
 
 def _agreement(a: Tensor, b: Tensor) -> float:
-    "PSNR in dB of two results in [-1, 1]."
-    return float(10*torch.log10(4/(a.float() - b.float()).square().mean().clamp(min=1e-12)))
+    "PSNR in dB of two results, clipped to [-1, 1] as if saved."
+    return float(10*torch.log10(4/(a.float().clamp(-1, 1) - b.float().clamp(-1, 1)).square().mean().clamp(min=1e-12)))
 
 def _bench_one(models: Sequence[Model], side: int, threads: int, dtype: str, repeats: int) -> list[dict]:
     lr, functions, rows, times = bench_image(side), {}, [], {}
