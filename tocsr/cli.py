@@ -24,7 +24,8 @@ __all__ = ['NO_STAGES', 'MAX_BYTES', 'PACKAGES', 'app', 'RunError', 'ChoiceError
            'check_parameters', 'parse_parameter', 'notebook_json', 'library_hash', 'notebook_keys', 'read_records',
            'run_notebook', 'Outcome', 'reproduce', 'clock', 'columns', 'summary', 'save_outputs', 'step_flops',
            'training_rate', 'diagnose', 'describe', 'list_runs', 'collect_times', 'notebooks_table', 'render_page',
-           'main', 'reproduce_command', 'doctor', 'runs', 'fetch_photos', 'readme', 'upscale', 'info']
+           'main', 'reproduce_command', 'doctor', 'runs', 'fetch_photos', 'readme', 'eval_command', 'bench_command',
+           'upscale', 'info']
 
 # %% ../nbs/tools/14_cli.ipynb #bdd8e3fc
 class RunError(RuntimeError):
@@ -443,6 +444,65 @@ def readme(check: Annotated[bool, typer.Option("--check", help="Write nothing; f
         return typer.echo("README.md agrees with paper_figures/")
     write_json(path, collect_times(root))
     write_atomic(root/"README.md", render_page(root, json.loads(path.read_text())))
+
+# %% ../nbs/tools/14_cli.ipynb #b80d2c47
+def _columns_of(rows: list[dict]) -> str:
+    "Rows in aligned columns, means with their interval; reasons for missing values below, numbered."
+    from tocsr.plots import markdown_table
+    text, *notes = markdown_table(rows).split("\n\n", 1)
+    cells = [tuple(c.strip() for c in line.strip("|").split(" | ")) for line in text.splitlines() if not line.startswith("|---")]
+    return "\n".join([columns(cells), *(n.strip() for n in notes)])
+
+@app.command("eval")
+def eval_command(
+    dataset: Annotated[str, typer.Option(help="Set5, Set14, BSD100, Urban100, degraded, DIV2K-Val, RealSR or DRealSR.")],
+    root: Annotated[Optional[Path], typer.Option(help="Folder with the set; for degraded the one that fetch-photos filled. Default $TOCSR_DATA.")] = None,
+    model: Annotated[Optional[list[str]], typer.Option(help="bicubic, span, animevideov3, x4plus, ours or the folder of a saved pipeline; may be repeated. Default: all of these names.")] = None,
+    metrics: Annotated[str, typer.Option(help="Names, separated by commas.")] = "psnry,ssim,stlpips,niqe",
+    limit: Annotated[Optional[int], typer.Option(min=1, help="The first N images only.")] = None,
+    threads: Annotated[Optional[int], typer.Option(min=1, help="CPU threads of every competitor.")] = None,
+    dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+    unverified: Annotated[bool, typer.Option("--unverified", help="degraded: accept other pixels than the recipe's.")] = False,
+    download: Annotated[bool, typer.Option("--download", help="Set5 to Urban100: fetch missing images.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result with all values per image as JSON.")] = False,
+):
+    "Measure enlargers on a test set; an interrupted run goes on where it stopped."
+    from tocsr.evaluation import COMPETITORS, DATASETS, eval_set, evaluate, open_model, table
+    from tocsr.metrics import METRICS
+    names = [n.strip() for n in metrics.split(",") if n.strip()]
+    for what, given, valid in (("test set", [dataset], DATASETS), ("metric", names, METRICS)):
+        if bad := [g for g in given if g not in valid]: raise ChoiceError(f"unknown {what} {bad[0]!r}; choose from {', '.join(valid)}")
+    if not names: raise ChoiceError(f"no metric given; choose from {', '.join(METRICS)}")
+    models = [open_model(m) for m in model or [c for c in COMPETITORS if c not in ("paper", "l1")]]  # those two are models of a run, without a name here
+    chosen = eval_set(dataset, root, not unverified, download)
+    result = evaluate(models, chosen.first(limit) if limit else chosen, names, threads, dtype)
+    if as_json: return typer.echo(json.dumps(result, indent=1))
+    p = result["protocol"]
+    typer.echo(f"{result['set']}, {len(result['images'])} images{'' if result['whole'] else ' (a part of the set)'}, {result['degradation']}, x{result['scale']}; {p['threads']} thread(s), {dtype}, {p['machine']['cpu']}\n"
+               f"seconds: median per image, {p['scope']}\n\n{_columns_of(table(result))}")
+
+def _numbers(text: str, what: str) -> list[int]:
+    "Positive whole numbers separated by commas; raises `ChoiceError` for anything else."
+    parts = text.split(",")
+    if not all(p.strip().isdigit() and int(p) for p in parts): raise ChoiceError(f"{what} {text!r}: give whole numbers above 0, separated by commas")
+    return [int(p) for p in parts]
+
+@app.command("bench")
+def bench_command(
+    model: Annotated[Optional[list[str]], typer.Option(help="As in eval; the first one is what ratios refer to.")] = None,
+    sizes: Annotated[str, typer.Option(help="Sides of the LR picture, separated by commas.")] = "128",
+    threads: Annotated[str, typer.Option(help="CPU threads, separated by commas.")] = "1",
+    dtype: Annotated[str, typer.Option(help="fp32, bf16, or both separated by a comma.")] = "fp32",
+    repeats: Annotated[int, typer.Option(min=1, help="Timed calls; the median counts.")] = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+):
+    "Time enlargers side by side on this machine's CPU."
+    from tocsr.evaluation import COMPETITORS, DTYPES, bench
+    kinds = [d.strip() for d in dtype.split(",")]
+    if bad := [d for d in kinds if d not in DTYPES]: raise ChoiceError(f"unknown dtype {bad[0]!r}; choose from {', '.join(DTYPES)}")
+    rows = bench(model or [c for c in COMPETITORS if c not in ("paper", "l1")], _numbers(sizes, "sizes"), _numbers(threads, "threads"), kinds, repeats)
+    if as_json: return typer.echo(json.dumps(dict(machine=machine(), rows=rows), indent=1))
+    typer.echo(f"{machine()['cpu']}; median of {repeats} warm calls in turns, one image per call, LR tensor to SR tensor, autoencoder included, loading and files excluded\n\n{_columns_of(rows)}")
 
 # %% ../nbs/tools/14_cli.ipynb #14b00002
 def _device(name: str) -> torch.device:

@@ -237,9 +237,7 @@ class Runner:
 
     def call(self, lr: Tensor, i: int) -> Tensor:
         "One checked call; raises `EvalError` naming the competitor for a result of another size or with values that are not finite."
-        if self.function is None:
-            self.function = self.model.load(self.threads, self.dtype)
-            self.function(lr, i)
+        if self.function is None: self.function = self.model.load(self.threads, self.dtype)
         with torch.no_grad(): sr = self.function(lr, i)
         want = (1, 3, *(SCALE*n for n in lr.shape[-2:]))
         if tuple(sr.shape) != want or not torch.isfinite(sr).all(): raise EvalError(f"{self.model.title} made {tuple(sr.shape)} of an image that should become {want}, or values that are not finite")
@@ -249,7 +247,7 @@ class Runner:
         "The enlarged image: from the store, else computed and timed."
         if self.ledger.image(key).is_file() and self.ledger.get(key, self.clock): return self.ledger.read(key)
         x = lr()
-        if self.function is None: self.call(x, i)
+        if self.function is None: self.call(x, i)        # a first call allocates and compiles: not counted
         wall, cpu = time.perf_counter(), time.process_time()
         sr = self.call(x, i)
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
@@ -508,14 +506,14 @@ def bench_image(side: int) -> Tensor:  # (1, 3, side, side) in [-1, 1]
     return imresize(torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)), size=(side, side)).clamp(0, 1)*2 - 1
 
 def _agreement(a: Tensor, b: Tensor) -> float:
-    "PSNR in dB of two results in [-1, 1]."
-    return float(10*torch.log10(4/(a.float() - b.float()).square().mean().clamp(min=1e-12)))
+    "PSNR in dB of two results, clipped to [-1, 1] as if saved."
+    return float(10*torch.log10(4/(a.float().clamp(-1, 1) - b.float().clamp(-1, 1)).square().mean().clamp(min=1e-12)))
 
 def _bench_one(models: Sequence[Model], side: int, threads: int, dtype: str, repeats: int) -> list[dict]:
     lr, functions, rows, times = bench_image(side), {}, [], {}
     torch.set_num_threads(threads)
     for m in models:
-        row = dict(method=m.title, LR=f"{side}x{side}", threads=threads, dtype=dtype)
+        row = {"method": m.title, "LR": f"{side}x{side}", "threads": threads, "dtype": dtype, "dB to fp32": ""}
         try:
             if m.missing: raise EvalError(m.missing)
             f = m.load(threads, dtype)
