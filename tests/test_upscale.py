@@ -117,6 +117,7 @@ def test_standard_input_and_output(model, tmp_path):
                                               ("RGBA", "a.webp", "RGBA"), ("RGB", "a.bmp", "RGB"), ("CMYK", "a.tif", "RGB"), ("CMYK", "a.jpg", "RGB"), ("RGB", "a.tiff", "RGB"), ("RGBA", "a.tif", "RGBA")])
 def test_modes(tmp_path, mode, name, back):
     im = picture().convert(mode)
+    if mode.endswith("A"): im.putalpha(Image.linear_gradient("L").resize(im.size).point(lambda v: max(1, v)))
     big, out = one(tmp_path, im, name, "big.png" if name.endswith(".gif") else None)
     assert big.size == (32, 24) and big.mode == back
     want = imresize(torch.from_numpy(np.array(im.convert("RGB"))).permute(2, 0, 1).float(), 2).clamp(0, 255).permute(1, 2, 0).numpy()
@@ -289,6 +290,6 @@ def test_interrupt_keeps_what_is_finished_and_nothing_else(model, tmp_path):
 
 def test_info(model):
     text, data = call("info", "--model", model).stdout, json.loads(call("info", "--model", model, "--json").stdout)
-    assert "a licence" in text and "4x" in text and data["scale"] == 4 and data["multiple"] == 16 and data["parameters"] > data["backbone_parameters"] > 0 and data["macs_per_pixel"] > 0
+    assert "a licence" in text and "4x" in text and data["scale"] == 4 and data["multiple"] == 16 and data["parameters"] >= data["backbone_parameters"] > 0 and data["macs_per_pixel"] > 0
     r = call("info", "--model", model.parent)
     assert r.exit_code == 1 and "config.json is missing" in r.stderr
