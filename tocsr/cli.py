@@ -511,7 +511,7 @@ def _device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as e: raise ChoiceError(f"device {name!r} is not available here ({' '.join(str(e).split())[:120]}); use auto or cpu") from e
     return device
 
-def _prepare(model: str | None, device: str, scale: float | None, tile: int | None, **call) -> tuple:
+def _prepare(model: str | None, device: str, scale: float | None, tile: int | None, seed: int, **call) -> tuple:
     "Pipeline, arguments of its call, and these with the model's hash; raises `ChoiceError` for what the model cannot do."
     from tocsr.pipeline import MULTIPLE, OVERLAP, TILE, TOCSRPipeline, model_folder
     where, home = _device(device), model_folder(model)
@@ -520,6 +520,7 @@ def _prepare(model: str | None, device: str, scale: float | None, tile: int | No
     call |= dict(scale=scale or pipe.scale, tile=side, overlap=min(OVERLAP, side//2//unit*unit) if side else OVERLAP)
     try: pipe.check(**call)
     except ValueError as e: raise ChoiceError(str(e)) from e
+    call["seed"] = seed
     return pipe, call, call | dict(model=config_hash([file_hash(f) for f in sorted(home.rglob("*")) if f.suffix in (".json", ".safetensors")]))
 
 def _progress(total: int):
@@ -575,7 +576,7 @@ def upscale(
     if as_json and out == "-": raise ChoiceError("--json and -o - both want standard output")
     try:
         jobs = files.plan(inputs, out, format)
-        pipe, call, settings = _prepare(model, device, scale, tile, seed=seed, steps=steps, strength=strength)
+        pipe, call, settings = _prepare(model, device, scale, tile, seed, steps=steps, strength=strength)
         many, settings["quality"] = out != "-" and jobs[0].target != Path(out), quality
         if out != "-": files.make_folder(Path(out) if many else Path(out).parent)
         journal = files.Journal(Path(out)) if many else None

@@ -65,17 +65,14 @@ class Picture:
         return self.colour.shape[-1], self.colour.shape[-2]
 
 @contextmanager
-def _pillow(max_pixels: int):
-    "Pillow with our limit of pixels instead of its own, and without warnings about harmless faults of a file."
-    old, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, max_pixels
+def _pillow():
+    "Pillow without its own limit of pixels, for ours comes first, and without warnings about harmless faults of a file."
+    old, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally: Image.MAX_IMAGE_PIXELS = old
-
-def _too_large(name, max_pixels: int, size: str = "") -> ImageError:
-    return ImageError(name, "too many pixels", f"{size}the limit is {max_pixels/1e6:g} Mpixel, --max-mpixel raises it")
 
 def _damaged(name, e: Exception) -> ImageError:
     return ImageError(name, "damaged", f"copy or download it again ({type(e).__name__}: {' '.join(str(e).split())[:200]})")
@@ -87,11 +84,10 @@ def _open(source: Path | bytes, name, max_pixels: int) -> Image.Image:
     except IsADirectoryError: raise ImageError(name, "a folder", "name a file") from None
     except PermissionError: raise ImageError(name, "no permission", "make it readable") from None
     except UnidentifiedImageError: raise ImageError(name, "not an image", f"give one of {', '.join(READABLE)}") from None
-    except Image.DecompressionBombError: raise _too_large(name, max_pixels) from None
     except Exception as e: raise _damaged(name, e) from e   # decoders raise almost anything on hostile bytes
     if im.width*im.height <= max_pixels: return im
     im.close()
-    raise _too_large(name, max_pixels, f"{im.width} x {im.height}: ")
+    raise ImageError(name, "too many pixels", f"{im.width} x {im.height}, and the limit is {max_pixels/1e6:g} Mpixel: --max-mpixel raises it")
 
 def _raw_mode(im: Image.Image) -> str:
     "Pillow's name of the file's pixel layout, '' for one that has none."
@@ -179,14 +175,13 @@ def read_picture(
 ) -> Picture:
     "Decode one picture; raises `ImageError`, in one line, for whatever cannot be read."
     name = name or (str(source) if isinstance(source, Path) else "-")
-    with _pillow(max_pixels), _open(source, name, max_pixels) as im:
+    with _pillow(), _open(source, name, max_pixels) as im:
         try:
             kind, frames = ("JPEG" if im.format == "MPO" else im.format), 1 if im.format == "MPO" else getattr(im, "n_frames", 1)
             a, grey, notes = _pixels(source, name, im, max_pixels)
             exif, orientation, lost = _exif(im)
             icc, dropped = _profile(im, grey)
         except ImageError: raise
-        except Image.DecompressionBombError: raise _too_large(name, max_pixels) from None
         except Exception as e: raise _damaged(name, e) from e
     a = np.ascontiguousarray(orient(a, orientation))
     x = to_tensor(a) if a.dtype == np.uint8 else torch.from_numpy(np.moveaxis(a, -1, 0).astype(np.float32)/32767.5 - 1)
