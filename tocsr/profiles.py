@@ -98,7 +98,7 @@ class SearchConfig:
     compare_iterations: int = 40  # evaluations per eps (paper: 40)
     compare_front: int = 80       # evaluations of methods that serve the whole grid in one run
     compare_seeds: int = 20       # of every method but the paper's and TPE, which fit a model at every step
-    compare_seeds_slow: int = 2   # of those two (release: as many as of the others)
+    compare_seeds_slow: int = 5   # of those two (release: as many as of the others)
 
 @dataclass(frozen=True)
 class CompactConfig:
