@@ -91,6 +91,15 @@ class SearchConfig:
     fidelity_batch: int = 32
     target_ratio: float = 6.6     # parameter budget: teacher / 6.6
     eps_unit: str = "paper vector"  # what one eps is: the f_acc of the paper's own vector, or "absolute"
+    truth: tuple[str, ...] = ("E1: RA RR R", "E2: RA RR R", "E3: RA RR R", "deepest: R/2-R/2-R/2 none", "D3: RAA RA R", "D2: RAA RA R", "D1: RAA RA R")  # subspace whose every f_acc is measured
+    truth_latents: int = 60       # of that measurement, common to all architectures; a multiple of the ten noise levels is best
+    truth_swap_latents: int = 128 # other latents, on which its single swaps are measured
+    truth_table: str = "shipped"  # which table the comparison searches: "shipped" (where there is one) or "measured" (stage truth of this profile)
+    compare_eps: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5)  # the paper's number of eps, in units of `eps_unit`
+    compare_iterations: int = 40  # evaluations per eps (paper: 40)
+    compare_front: int = 80       # evaluations of methods that serve the whole grid in one run
+    compare_seeds: int = 20       # of every method but the paper's and TPE, which fit a model at every step
+    compare_seeds_slow: int = 5   # of those two (release: as many as of the others)
 
 @dataclass(frozen=True)
 class CompactConfig:
@@ -178,7 +187,9 @@ def _smoke() -> Profile:
         autoencoder=AutoencoderConfig(steps=6, batch=4, pca_patches=6_000, eval_images=3, compare_steps=3),
         teacher=TeacherConfig(base_steps=4, expand_steps=3, joint_steps=2, batch=4, warmup=2, eval_samples=16, linear_crops=1_000),
         surrogates=SurrogateConfig(steps=3, batch=4, eval_batches=1),
-        search=SearchConfig(eps=(0.5, 1.0), iterations=4, initial=2, seeds=1, fidelity_samples=16, fidelity_batch=16),
+        search=SearchConfig(eps=(0.5, 1.0), iterations=4, initial=2, seeds=1, fidelity_samples=16, fidelity_batch=16,
+                            truth=("E1: R", "E2: R", "E3: R", "deepest: none", "D3: R", "D2: RA", "D1: RAA"), truth_latents=20, truth_swap_latents=20, truth_table="measured",
+                            compare_eps=(0.5, 1.0), compare_iterations=8, compare_front=12, compare_seeds=2, compare_seeds_slow=1),
         compact=CompactConfig(steps=3, batch=4),
         adapt=AdaptConfig(pool=12, steps=3, batch=4, sample_steps=(1, 2)),
         onestep=OneStepConfig(steps=3, batch=4, teacher_steps=2, endpoints=8),
@@ -192,7 +203,8 @@ def _release() -> Profile:
         teacher=TeacherConfig(start="scratch", base_steps=6_000, expand_steps=1_000, joint_steps=500, steps=40_000, warmup=500,
                               ema=0.9995, sizes=(1.0, 0.5), eval_samples=1024, linear_crops=60_000),
         surrogates=SurrogateConfig(steps=3_000, batch=32, eval_batches=16),
-        search=SearchConfig(eps=(0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5), iterations=40, seeds=20, fidelity_samples=512),
+        search=SearchConfig(eps=(0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5), iterations=40, seeds=20, fidelity_samples=512,
+                            truth_latents=250, truth_table="measured", compare_seeds_slow=20),
         compact=CompactConfig(steps=20_000, ema=0.9995),
         adapt=AdaptConfig(degradation="mixed", pool=16_384, lr=5e-4, steps=20_000, batch=32, ema=0.9995, sample_steps=(1, 2, 4, 10, 50)),
         onestep=OneStepConfig(shipped=False, lr=3e-4, steps=10_000, batch=32, ema=0.999, ablation=("pixels", "decoder", "features"), teacher_steps=50, endpoints=16_384),
