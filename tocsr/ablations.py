@@ -382,15 +382,15 @@ def run_fidelity_rank(run: Run) -> dict:
     bank = LatentBank.encode(source.codec, load_photos(p.data).split("train"))
     lessons = Lessons(teacher, schedule, lambda n, g: bank.crops(n, side, g), cfg.rank_batch, p.seed + 57, device)
     held, linear = read_weights(run.up["teacher"].file("held_out.safetensors"))["latents"][:cfg.rank_latents], run.up["teacher"].results["ratio"]["linear_error"]
-    front = [as_vector(problem.space, r["architecture"]) for r in sorted(run.up["search"].results["front"], key=lambda r: r["params"] or 0) if r["feasible"]]
-    rows = []
-    for i, (stratum, a) in enumerate(stratified(problem.space, problem.costs, front, count_params(teacher)/p.search.target_ratio, cfg.rank_architectures, p.seed)):
+    answers = sorted((r for r in run.up["search"].results["front"] if r["feasible"]), key=lambda r: r["params"])
+    front, budget, rows = [as_vector(problem.space, r["architecture"]) for r in answers], count_params(teacher)/p.search.target_ratio, []
+    for i, (stratum, a) in enumerate(stratified(problem.space, problem.costs, front, budget, cfg.rank_architectures, p.seed)):
         net = copy.deepcopy(assemble(teacher, library, as_architecture(problem.space, a)))
         f_acc = problem.gap(a)
         learn(net, lessons, cfg.rank_steps, cfg.lr, run.scratch/f"rank-{i}", cfg.output, 0.0, cfg.ema, p.device, p.mixed_precision)
         after = held_out_report(dict(net=net), schedule, held, linear, device)["net"]["ratio"]
         rows.append(dict(stratum=stratum, architecture=str(net.architecture), params=count_params(net), f_acc=float(f_acc), after=after))
-        run.log(f"{i + 1} of {cfg.rank_architectures}: {stratum} {rows[-1]['architecture']} {rows[-1]['params']/1e6:.2f} M, f_acc {f_acc:.3g}, error after tuning {after:.3f}")
+        run.log(f"{i + 1} of {cfg.rank_architectures}: {stratum} {net.architecture}, f_acc {f_acc:.3g}, error after tuning {after:.3f}")
     return dict(rows=rows, steps=cfg.rank_steps, latents=len(held), **rank_correlations(rows))
 
 def rank_correlations(rows: list[dict]) -> dict[str, dict]:
@@ -426,12 +426,16 @@ def study_claims(study: dict, rank: dict) -> dict[str, dict]:
     base = f"bar 0.9 for ours; {study['steps']} steps, {study['seeds']} seed(s), {{params:.2f}} M parameters"
     for id, (name, text) in CLAIMS.items():
         r = rows[name]; seeds = r["kept_seeds"]
-        if r["kept"] is None: out[f"compact.{id}"] = dict(text=text, ours=None, spread=None, reason=f"the teacher has no advantage over the linear denoiser: {t:.3f} of its error; the network's is {r['ratio']:.3f}"); continue
+        if r["kept"] is None:
+            out[f"compact.{id}"] = dict(text=text, ours=None, spread=None, reason=f"the teacher has no advantage over the linear denoiser: {t:.3f} of its error; the network's is {r['ratio']:.3f}")
+            continue
         spread = (min(seeds), max(seeds)) if len(seeds) > 1 else (r["kept"] - 1.96*r["kept_se"], r["kept"] + 1.96*r["kept_se"])
-        out[f"compact.{id}"] = dict(text=text, ours=r["kept"], spread=spread, reason=base.format(params=r["params"]/1e6) + ("; interval over seeds" if len(seeds) > 1 else "; interval over held-out latents"))
+        over = "seeds" if len(seeds) > 1 else "held-out latents"
+        out[f"compact.{id}"] = dict(text=text, ours=r["kept"], spread=spread, reason=f"{base.format(params=r['params']/1e6)}; interval over {over}")
     k = rank["f_acc"]
-    out["compact.kendall_tau"] = dict(text="Kendall's tau between f_acc before and held-out error after tuning", ours=k["tau"], spread=None if k["tau"] is None else (k["low"], k["high"]),
-                                      reason=f"{k['n']} architectures, {rank['steps']} steps; the parameters' tau is {value(rank['params']['tau'])}, within the budget f_acc's {value(rank['f_acc_budget']['tau'])}")
+    out["compact.kendall_tau"] = dict(
+        text="Kendall's tau between f_acc before and held-out error after tuning", ours=k["tau"], spread=None if k["tau"] is None else (k["low"], k["high"]),
+        reason=f"{k['n']} architectures, {rank['steps']} steps; the parameters' tau is {value(rank['params']['tau'])}, within the budget f_acc's {value(rank['f_acc_budget']['tau'])}")
     return out
 
 def value(x: float | None) -> str:

@@ -95,7 +95,7 @@ def compact_network(teacher: StagedUNet, library: Library) -> StagedUNet:
     return assemble(teacher, library, PAPER_ARCHITECTURE if teacher.levels == 4 else smallest)
 
 def count_parts(profile: Profile, path: str | Path | None = None) -> tuple[dict[str, Part], Library, StagedUNet]:
-    "Parts `teacher`, `compact`, `encoder`, `decoder` and one per surrogate (`E1 RA`); the library and the teacher, without weights. Raises `PlanError` for a UNet that cannot be cut."
+    "Parts `teacher`, `compact`, `encoder`, `decoder`, `features` (what enters and leaves all stages) and one per surrogate (`E1 RA`); library and teacher without weights. Raises `PlanError` for a UNet that cannot be cut."
     try: teacher = bare_teacher(profile, path)
     except StageError as e: raise PlanError(f"the UNet of {path} cannot be cut into stages: {e}") from e
     vae, half, c, side = bare_autoencoder(profile, path), profile.mixed_precision != "no", profile.autoencoder.channels, profile.data.patch//8
@@ -106,7 +106,12 @@ def count_parts(profile: Profile, path: str | Path | None = None) -> tuple[dict[
         with torch.no_grad(): seen = trace(teacher, *inputs)
     parts = {name: _part(net, inputs, half) for name, net in (("teacher", teacher), ("compact", compact_network(teacher, library)))}
     parts |= {"encoder": _part(_Call(vae, "encode"), (x,), half), "decoder": _part(_Call(vae, "decode"), (z,), half)}
+    parts["features"] = Part(0, 0, sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes()//(1 + half) for t in _tensors(tuple(seen.values()))}.values()))
     return parts | {f"{s} {n}": _part(m, seen[s][0], half) for s, n, m in library}, library, teacher
+
+def _tensors(x) -> list[torch.Tensor]:
+    "All tensors in nested tuples."
+    return [x] if isinstance(x, torch.Tensor) else [t for v in x for t in _tensors(v)] if isinstance(x, tuple) else []
 
 class _Call(nn.Module):
     "One method of a model as a module."
@@ -172,7 +177,7 @@ def make_plan(
 
 def _work(p: Profile, parts: dict[str, Part], library: Library, gpus: int):
     "Per stage: name, steps, batch, MACs of the busiest process, bytes that do not grow with the batch, bytes per sample."
-    T, C, E, D = (parts[k] for k in ("teacher", "compact", "encoder", "decoder"))
+    T, C, E, D, H = (parts[k] for k in ("teacher", "compact", "encoder", "decoder", "features"))
     full, ema = TRAINING_BYTES + EMA_BYTES, lambda part: (TRAINING_BYTES + EMA_BYTES)*part.params
     a, t, s, c, d, o, y = p.autoencoder, p.teacher, p.surrogates, p.compact, p.adapt, p.onestep, p.study
     yield "autoencoder", a.steps, a.batch, a.steps*a.batch*(3*(E.macs + D.macs) + E.macs), full*(E.params + D.params) + WEIGHT_BYTES*E.params, E.kept + D.kept
@@ -182,10 +187,11 @@ def _work(p: Profile, parts: dict[str, Part], library: Library, gpus: int):
     names, share = [f"{s} {n}" for s, n, _ in library], owners(library, min(gpus, len(library)))
     loads = [[parts[n] for n, r in zip(names, share) if r == rank] for rank in range(max(share) + 1)]
     own = max(sum(q.macs for q in l) for l in loads)
-    yield ("surrogates", s.steps, s.batch, s.steps*s.batch*(3*own + T.macs), WEIGHT_BYTES*(T.params + sum(parts[n].params for n in names)) + (TRAINING_BYTES - WEIGHT_BYTES)*max(sum(q.params for q in l) for l in loads),
-           T.kept/2 + max(parts[n].kept for n in names))          # stage inputs and outputs are a part of what a whole backward pass keeps
+    weights, trained = WEIGHT_BYTES*(T.params + sum(parts[n].params for n in names)), max(sum(q.params for q in l) for l in loads)
+    yield ("surrogates", s.steps, s.batch, s.steps*s.batch*(3*own + T.macs), weights + (TRAINING_BYTES - WEIGHT_BYTES)*trained,
+           H.kept + max(parts[n].kept for n in names))            # one surrogate's graph at a time
     n = len(p.search.eps)*p.search.iterations
-    yield "search", n, p.search.fidelity_batch, n*p.search.fidelity_samples*T.macs, WEIGHT_BYTES*(T.params + sum(parts[n].params for n in names)), T.kept/8
+    yield "search", n, p.search.fidelity_batch, n*p.search.fidelity_samples*T.macs, weights, H.kept
     yield "compact", 2*c.steps, c.batch, c.steps*c.batch*(6*C.macs + T.macs), ema(C) + WEIGHT_BYTES*T.params, C.kept
     yield "compact_study", 6*y.seeds*y.steps, y.batch, y.seeds*y.steps*y.batch*(18*C.macs + 5*T.macs), ema(C) + WEIGHT_BYTES*T.params, C.kept
     yield ("fidelity_rank", y.rank_architectures*y.rank_steps, y.rank_batch, y.rank_architectures*y.rank_steps*y.rank_batch*(3*C.macs + T.macs),

@@ -136,19 +136,19 @@ class AblationConfig:
 @dataclass(frozen=True)
 class StudyConfig:
     "Rivals of the compact backbone at equal parameters and steps, and the rank of f_acc (ours)."
-    steps: int = 60               # of every network
+    steps: int = 48               # of every network
     batch: int = 32
     lr: float = 5e-4
     ema: float = 0.995
     output: float = 1.0           # weight of the teacher's estimate as a second target
     feature: float = 0.1          # weight of the teacher's features at stage boundaries, in the variant that uses them
     seeds: int = 1                # of data order and of random weights
-    samples: int = 32             # pictures sampled from equal noise
-    sample_steps: int = 20
+    samples: int = 24             # pictures sampled from equal noise
+    sample_steps: int = 16
     rank_architectures: int = 20  # tuned alike for the rank correlation
-    rank_steps: int = 20
+    rank_steps: int = 14
     rank_batch: int = 16
-    rank_latents: int = 48        # held-out latents that judge them
+    rank_latents: int = 32        # held-out latents that judge them
 
 @dataclass(frozen=True)
 class EvalConfig:
