@@ -54,10 +54,10 @@ def test_a_rate_or_memory_of_nothing_is_refused(args):
 
 
 def test_hours_follow_the_rate_and_processes_share_the_library_alone():
-    one, fast, four = make_plan(get_profile("smoke"), 1, 80, 1.0), make_plan(get_profile("smoke"), 1, 80, 2.0), make_plan(get_profile("smoke"), 4, 80, 1.0)
-    assert one.hours == pytest.approx(2*fast.hours)
-    faster = {a.stage for a, b in zip(one.stages, four.stages) if b.hours < a.hours}
-    assert faster == {"surrogates"}
+    one, four = make_plan(get_profile("smoke"), 1, 80, 1.0), make_plan(get_profile("smoke"), 4, 80, 2.0)
+    for a, b in zip(one.stages, four.stages):
+        if a.stage == "surrogates": assert b.hours < 0.4*a.hours
+        else: assert b.hours == pytest.approx(a.hours/2)
 
 
 def test_counted_activations_are_what_autograd_holds():
