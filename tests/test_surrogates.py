@@ -11,8 +11,8 @@ from tocsr.latents import LatentCodec
 from tocsr.profiles import UNetConfig
 from tocsr.store import StoreError
 from tocsr.surrogates import (OUR_PAPER_ARCHITECTURE, PAPER_ARCHITECTURE, REMOVED, Architecture, Fidelity, Library, StageError, StageSpec, architecture_params, assemble,
-                              build_network, build_surrogate, cut, default_designs, distill, load_library, load_network, options, paper_readings, save_library,
-                              save_network, single_swaps, surrogate_library, trainable_copy)
+                              build_network, build_surrogate, cut, default_designs, distill, distill_shared, fwkd_overhead, load_library, load_network, options, overhead_claim,
+                              owners, paper_readings, save_library, save_network, shard, single_swaps, surrogate_library, trainable_copy)
 from tocsr.training import TrainingError, step_generator
 
 
@@ -290,3 +290,30 @@ def test_checkpoint_folder_of_paper_layout(tmp_path):
     for a in (paper, ours): assert fidelity(assemble(teacher, library, a)).mean > 0
     save_library(tmp_path/"library", library, teacher)
     assert len(load_library(tmp_path/"library", cut(read_teacher(tmp_path/"sd").unet))) == 8
+
+
+def test_every_surrogate_has_one_owner_and_work_is_even(library):
+    for world in (1, 2, 4):
+        parts = [shard(library, r, world) for r in range(world)]
+        names = [(s, n) for part in parts for s, n, _ in part]
+        assert sorted(names) == sorted((s, n) for s, n, _ in library) and len(set(names)) == len(names)
+        work = [sum(count_params(m)*4.0**-m.shape.level for _, _, m in part) for part in parts]
+        assert max(work) <= 1.3*sum(work)/world
+    assert owners(library, 3) == owners(library, 3)
+
+
+def test_more_processes_than_surrogates_is_an_error(nano, monkeypatch, tmp_path):
+    from types import SimpleNamespace
+    monkeypatch.setattr("tocsr.surrogates.PartialState", lambda **kw: SimpleNamespace(process_index=0, num_processes=3, device=torch.device("cpu")))
+    few = surrogate_library(cut(nano), {"Mid": ("R",), "D4": ("R/2",)})
+    with pytest.raises(StageError, match="3 processes for 2 surrogates"): distill_shared(cut(nano), few, None, 1, 1e-3, tmp_path)
+
+
+def test_overhead_is_measured_without_training(nano):
+    few = surrogate_library(cut(nano), {"Mid": ("R",), "D4": ("R/2",)})
+    before = {k: v.clone() for k, v in few.surrogates["D4"]["R/2"].state_dict().items()}
+    cost = fwkd_overhead(cut(nano), few, lambda i: (torch.randn(2, 16, 8, 8), torch.tensor([1, 900]), null_context(nano, 2)), rounds=3)
+    assert all(torch.equal(v, before[k]) for k, v in few.surrogates["D4"]["R/2"].state_dict().items())
+    claim = overhead_claim(dict(overhead=cost, surrogates=2))
+    assert claim["ours"] == cost["overhead"] and claim["spread"][0] <= claim["ours"] <= claim["spread"][1] and "bar 2.5" in claim["reason"]
+    assert not any(p.requires_grad for _, _, m in few for p in m.parameters())

@@ -24,8 +24,8 @@ __all__ = ['NO_STAGES', 'MAX_BYTES', 'PACKAGES', 'app', 'RunError', 'ChoiceError
            'check_parameters', 'parse_parameter', 'notebook_json', 'library_hash', 'notebook_keys', 'read_records',
            'run_notebook', 'Outcome', 'reproduce', 'clock', 'columns', 'summary', 'save_outputs', 'step_flops',
            'training_rate', 'diagnose', 'describe', 'list_runs', 'collect_times', 'notebooks_table', 'render_page',
-           'main', 'reproduce_command', 'doctor', 'runs', 'fetch_photos', 'readme', 'eval_command', 'bench_command',
-           'upscale', 'info']
+           'main', 'reproduce_command', 'doctor', 'runs', 'fetch_photos', 'readme', 'plan', 'eval_command',
+           'bench_command', 'upscale', 'info']
 
 # %% ../nbs/tools/14_cli.ipynb #bdd8e3fc
 class RunError(RuntimeError):
@@ -444,6 +444,23 @@ def readme(check: Annotated[bool, typer.Option("--check", help="Write nothing; f
         return typer.echo("README.md agrees with paper_figures/")
     write_json(path, collect_times(root))
     write_atomic(root/"README.md", render_page(root, json.loads(path.read_text())))
+
+# %% ../nbs/tools/14_cli.ipynb #7b40e001
+@app.command()
+def plan(
+    gpus: Annotated[int, typer.Option(min=1, help="Devices, one process each.")],
+    gpu_memory: Annotated[float, typer.Option(help="GiB of each device.")],
+    teacher: Annotated[str, typer.Option(help="Diffusers folder of the teacher, its config.json files are enough; default: the profile's shape.")] = "",
+    profile: Annotated[str, typer.Option(help=f"One of {', '.join(PROFILES)}.")] = "paper",
+    tflops: Annotated[Optional[float], typer.Option(help="Sustained TFLOP/s of a device in training; default: measured on this machine.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+):
+    "Print steps, memory and hours of every stage before anything is run."
+    from tocsr.plan import make_plan, plan_heading, plan_json, plan_rows
+    device = pick_device().type
+    rate, source = (training_rate(device=device)/1e12, f"measured here: the nano UNet's training on {device}") if tflops is None else (tflops, "stated")
+    made = make_plan(get_profile(profile), gpus, gpu_memory, rate, source, teacher or None)
+    typer.echo(plan_json(made) if as_json else f"{plan_heading(made)}\n\n{columns(plan_rows(made))}")
 
 # %% ../nbs/tools/14_cli.ipynb #b80d2c47
 def _columns_of(rows: list[dict]) -> str:

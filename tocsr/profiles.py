@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace, asdict, fields, is_dataclass
 
 # %% auto #0
 __all__ = ['PROFILES', 'DataConfig', 'AutoencoderConfig', 'UNetConfig', 'TeacherConfig', 'SurrogateConfig', 'SearchConfig',
-           'CompactConfig', 'AdaptConfig', 'OneStepConfig', 'AblationConfig', 'EvalConfig', 'Profile', 'ProfileError',
-           'get_profile', 'override', 'notebook_profile']
+           'CompactConfig', 'AdaptConfig', 'OneStepConfig', 'AblationConfig', 'StudyConfig', 'EvalConfig', 'Profile',
+           'ProfileError', 'get_profile', 'override', 'notebook_profile']
 
 # %% ../nbs/tools/00_profiles.ipynb #298ebaa1
 @dataclass(frozen=True)
@@ -79,6 +79,7 @@ class SurrogateConfig:
     calibration_share: float = 0.25   # the paper's
     eval_batches: int = 4
     names: tuple[str, ...] | None = None  # surrogates to train; None: the whole library
+    random_names: tuple[str, ...] = ("R",)  # designs also trained from a random start, for comparison; (): none
 
 @dataclass(frozen=True)
 class SearchConfig:
@@ -149,6 +150,23 @@ class AblationConfig:
     lr: float = 1e-3
 
 @dataclass(frozen=True)
+class StudyConfig:
+    "Rivals of the compact backbone at equal parameters and steps, and the rank of f_acc (ours)."
+    steps: int = 48               # of every network
+    batch: int = 32
+    lr: float = 5e-4
+    ema: float = 0.995
+    output: float = 1.0           # weight of the teacher's estimate as a second target
+    feature: float = 0.1          # weight of the teacher's features at stage boundaries, in the variant that uses them
+    seeds: int = 1                # of data order and of random weights
+    samples: int = 24             # pictures sampled from equal noise
+    sample_steps: int = 16
+    rank_architectures: int = 20  # tuned alike for the rank correlation
+    rank_steps: int = 14
+    rank_batch: int = 16
+    rank_latents: int = 32        # held-out latents that judge them
+
+@dataclass(frozen=True)
 class EvalConfig:
     "Super-resolution evaluation."
     degradation: str = "realesrgan"   # of the evaluation crops; training may mix
@@ -174,6 +192,7 @@ class Profile:
     adapt: AdaptConfig = field(default_factory=AdaptConfig)
     onestep: OneStepConfig = field(default_factory=OneStepConfig)
     ablation: AblationConfig = field(default_factory=AblationConfig)
+    study: StudyConfig = field(default_factory=StudyConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 
     def to_dict(self) -> dict:
@@ -194,6 +213,7 @@ def _smoke() -> Profile:
         adapt=AdaptConfig(pool=12, steps=3, batch=4, sample_steps=(1, 2)),
         onestep=OneStepConfig(steps=3, batch=4, teacher_steps=2, endpoints=8),
         ablation=AblationConfig(pool=8, steps=2, batch=4),
+        study=StudyConfig(steps=3, batch=4, samples=2, sample_steps=2, rank_architectures=3, rank_steps=2, rank_batch=4, rank_latents=4),
         eval=EvalConfig(crops=2, crop=128, metrics=("psnry", "ssim")))
 
 def _release() -> Profile:
@@ -209,6 +229,7 @@ def _release() -> Profile:
         adapt=AdaptConfig(degradation="mixed", pool=16_384, lr=5e-4, steps=20_000, batch=32, ema=0.9995, sample_steps=(1, 2, 4, 10, 50)),
         onestep=OneStepConfig(shipped=False, lr=3e-4, steps=10_000, batch=32, ema=0.999, ablation=("pixels", "decoder", "features"), teacher_steps=50, endpoints=16_384),
         ablation=AblationConfig(pool=8_192, steps=5_000, batch=32),
+        study=StudyConfig(steps=20_000, ema=0.9995, seeds=3, samples=512, sample_steps=50, rank_architectures=24, rank_steps=1_000, rank_batch=32, rank_latents=512),
         eval=EvalConfig(crops=100, crop=512, metrics=("psnry", "ssim", "niqe", "lpips", "stlpips", "dists", "musiq", "fid")))
 
 def _gpu() -> Profile:
@@ -220,7 +241,8 @@ def _gpu() -> Profile:
         compact=CompactConfig(steps=4_000, batch=128, ema=0.999),
         adapt=AdaptConfig(degradation="mixed", pool=8_192, steps=4_000, batch=64, ema=0.999, sample_steps=(1, 2, 4, 10, 50)),
         onestep=OneStepConfig(shipped=False, steps=2_000, batch=64, ema=0.995, ablation=("pixels", "decoder", "features"), teacher_steps=20, endpoints=8_192),
-        ablation=AblationConfig(pool=4_096, steps=800, batch=64))
+        ablation=AblationConfig(pool=4_096, steps=800, batch=64),
+        study=StudyConfig(steps=4_000, batch=128, ema=0.999, seeds=3, samples=512, sample_steps=50, rank_architectures=24, rank_steps=500, rank_batch=64, rank_latents=512))
 
 def _paper() -> Profile:
     return Profile(
@@ -236,6 +258,7 @@ def _paper() -> Profile:
         adapt=AdaptConfig(pool=32_768, steps=100_000, batch=64, lr=5e-5, ema=0.9999, sample_steps=(1, 2, 4, 10, 50)),
         onestep=OneStepConfig(shipped=False, steps=50_000, batch=32, lr=1e-5, teacher_steps=50, endpoints=32_768),
         ablation=AblationConfig(pool=32_768, steps=50_000, batch=32, lr=1e-4),
+        study=StudyConfig(steps=100_000, batch=64, lr=1e-5, ema=0.9999, samples=1_024, sample_steps=50, rank_steps=2_000, rank_batch=64, rank_latents=512),
         eval=EvalConfig(crops=3_000, crop=512, metrics=("psnry", "ssim", "lpips", "dists", "niqe", "musiq", "maniqa", "clipiqa", "fid")))
 
 _BUILDERS = dict(smoke=_smoke, cpu=lambda: Profile("cpu"), release=_release, gpu=_gpu, paper=_paper)

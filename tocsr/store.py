@@ -220,7 +220,8 @@ class Stage:
 
 # %% ../nbs/tools/01_store.ipynb #f5edbf7f
 MODULES = dict(autoencoder="expansion", teacher="expansion", surrogates="surrogates", truth="truth", search="search", compare="search", compact="search",
-               adapt="adapt", onestep="onestep", ablations="ablations")  # stage -> module that registers it
+               adapt="adapt", onestep="onestep", ablations="ablations",
+               compact_study="ablations", fidelity_rank="ablations")  # stage -> module that registers it
 _registry: dict[str, Stage] = {}
 
 def stage(name: str, upstream: tuple[str, ...] = (), config: Callable[[Profile], tuple] = lambda p: (), data: bool = True):

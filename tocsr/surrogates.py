@@ -6,11 +6,13 @@
 from __future__ import annotations
 import copy, hashlib, json, math, re, time
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Callable, Iterator
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
+from accelerate import PartialState
 from diffusers import Transformer2DModel, UNet2DConditionModel
 from diffusers.models.attention import FeedForward
 from diffusers.models.resnet import ResnetBlock2D
@@ -27,9 +29,10 @@ from .training import TrainingError, learning_rate, step_generator
 __all__ = ['REMOVED', 'PAPER_ARCHITECTURE', 'OUR_PAPER_ARCHITECTURE', 'FAMILIES', 'StageError', 'StageSpec', 'StageShape',
            'Block', 'UNetStage', 'stage_names', 'Architecture', 'deepest', 'StagedUNet', 'cut', 'build_surrogate',
            'default_designs', 'Library', 'removable', 'surrogate_library', 'options', 'assemble', 'trainable_copy',
-           'architecture_params', 'paper_readings', 'trace', 'feature_error', 'distill', 'FidelityResult', 'Fidelity',
-           'single_swaps', 'weights_hash', 'save_library', 'load_library', 'build_network', 'save_network',
-           'load_network', 'calibration', 'noisy_latents', 'measure_stages', 'run_surrogates']
+           'architecture_params', 'paper_readings', 'trace', 'feature_error', 'distill', 'common_generator', 'owners',
+           'shard', 'distill_shared', 'fwkd_overhead', 'overhead_claim', 'FidelityResult', 'Fidelity', 'single_swaps',
+           'weights_hash', 'save_library', 'load_library', 'build_network', 'save_network', 'load_network',
+           'calibration', 'noisy_latents', 'measure_stages', 'run_surrogates']
 
 # %% ../nbs/02_surrogates.ipynb #d68b3369
 class StageError(ValueError):
@@ -572,6 +575,92 @@ def distill(
     path.unlink(missing_ok=True)
     return torch.stack(history)
 
+# %% ../nbs/02_surrogates.ipynb #5a20c0d2
+def common_generator(seed: int, step: int) -> torch.Generator:
+    "As `step_generator` in a single process, and the same in all processes of a run."
+    return torch.Generator().manual_seed((seed*1_000_003 + step)*97)
+
+def owners(library: Library, world: int) -> list[int]:
+    "Process of each surrogate: dearest first, each to the process with the least work so far; work is parameters times positions."
+    work = [count_params(m)*4.0**-m.shape.level for _, _, m in library]
+    load, out = [0.0]*world, [0]*len(work)
+    for i in sorted(range(len(work)), key=lambda i: -work[i]):
+        out[i] = load.index(min(load)); load[out[i]] += work[i]
+    return out
+
+def shard(library: Library, rank: int, world: int) -> Library:
+    "The part of `library` that process `rank` trains; modules are shared."
+    part = Library({}, library.removable, library.teacher_hash)
+    for (s, n, m), owner in zip(library, owners(library, world)):
+        if owner == rank: part.surrogates.setdefault(s, {})[n] = m
+    return part
+
+def _broadcast(v: Tensor, owner: int, device: torch.device):
+    "Overwrite `v` in every process with that of process `owner`; `device` is where the processes talk."
+    w = v.to(device)
+    torch.distributed.broadcast(w, owner)
+    v.copy_(w)
+
+def distill_shared(teacher: StagedUNet, library: Library, batch, steps: int, lr: float, scratch: Path, **options) -> Tensor:  # (steps, surrogates)
+    "`distill` with the library shared out over the processes of `accelerate launch`; all processes end with all of it. `batch` must not depend on the process. Raises `StageError` for more processes than surrogates."
+    state = PartialState(timeout=timedelta(days=7))           # one process may be done long before another
+    rank, world = state.process_index, state.num_processes
+    if world == 1: return distill(teacher, library, batch, steps, lr, scratch, **options)
+    if world > len(library): raise StageError(f"{world} processes for {len(library)} surrogates; start at most {len(library)}")
+    folder = Path(scratch)/f"process-{rank}-of-{world}"; folder.mkdir(parents=True, exist_ok=True)
+    mine = distill(teacher, shard(library, rank, world), batch, steps, lr, folder, **options)
+    columns, losses = iter(mine.T), []
+    for (_, _, m), owner in zip(library, owners(library, world)):
+        column = (next(columns) if owner == rank else torch.empty(steps)).contiguous()
+        for v in (column, *m.requires_grad_(False).eval().state_dict().values()): _broadcast(v, owner, state.device)
+        losses.append(column)
+    return torch.stack(losses, 1)
+
+# %% ../nbs/02_surrogates.ipynb #5a20c0d5
+def _timed(f: Callable, device: torch.device) -> float:
+    "Seconds of one call, the device synchronised."
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait(); start = time.perf_counter()
+    f(); wait()
+    return time.perf_counter() - start
+
+def _passes_alone(library: Library, seen: dict):
+    "Forward and backward of every surrogate on inputs that lie ready, without a loss."
+    for s, _, m in library:
+        x, skips = m(*seen[s][0])
+        torch.autograd.backward([v for v in (x, *skips) if v.requires_grad], [torch.ones_like(v) for v in (x, *skips) if v.requires_grad])
+        m.zero_grad(set_to_none=True)
+
+def fwkd_overhead(
+    teacher: StagedUNet,
+    library: Library,             # its weights are not changed
+    batch: Callable[[int], tuple[Tensor, Tensor, Tensor]],
+    rounds: int = 3,
+    mixed_precision: str = "no",
+) -> dict:                        # seconds of step, surrogates alone, teacher; overhead (median over rounds), low, high
+    "Time of a whole FwKD step over that of the surrogates' own passes plus one teacher forward."
+    params = [p for _, _, m in library for p in m.requires_grad_(True).train().parameters()]
+    optimizer, device = torch.optim.AdamW(params, lr=0.0, weight_decay=0.0, fused=params[0].device.type in ("cpu", "cuda")), params[0].device  # a rate of 0 costs as much as another
+    autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=mixed_precision == "bf16")
+    def step(i): _distill_step(teacher, library, batch(i), autocast, 1.0); optimizer.step(); optimizer.zero_grad(set_to_none=True)
+    def once():
+        with torch.no_grad(), autocast(): teacher(*inputs)
+    def alone():
+        with autocast(): _passes_alone(library, seen)
+    inputs, rows = batch(0), []
+    with torch.no_grad(), autocast(): seen = trace(teacher, *inputs)
+    for i in range(rounds + 1): rows.append((_timed(lambda: step(i), device), _timed(alone, device), _timed(once, device)))
+    for _, _, m in library: m.eval().requires_grad_(False)
+    ratios = sorted(s/(a + t) for s, a, t in rows[1:])        # the first round warms up
+    median = lambda k: sorted(r[k] for r in rows[1:])[rounds//2]
+    return dict(step_s=median(0), alone_s=median(1), teacher_s=median(2), overhead=ratios[rounds//2], low=ratios[0], high=ratios[-1], rounds=rounds)
+
+def overhead_claim(results: dict) -> dict:
+    "Claim `fwkd.overhead` from the results of stage `surrogates`: ours, spread, reason."
+    o = results["overhead"]
+    return dict(text="time of an FwKD step over the surrogates' own passes plus one teacher forward", ours=o["overhead"], spread=(o["low"], o["high"]),
+                reason=f"bar 2.5; {results['surrogates']} surrogates, {o['step_s']:.2f} s per step, {o['alone_s']:.2f} s of it the surrogates' own, {o['teacher_s']:.2f} s the teacher's; range of {o['rounds']} rounds")
+
 # %% ../nbs/02_surrogates.ipynb #f9fb2f77
 @dataclass(frozen=True)
 class FidelityResult:
@@ -718,26 +807,34 @@ def _note_fidelity(rows: list[dict], swaps: dict[str, dict[str, FidelityResult]]
         if f := swaps[r["stage"]].get(r["design"]): r.update(plain(f))
     return {s: plain(o[REMOVED]) for s, o in swaps.items() if REMOVED in o}
 
+def _record(library: Library, losses: Tensor) -> dict:
+    return dict(surrogates=[f"{s} {n}" for s, n, _ in library], losses=losses.tolist())
+
 @stage("surrogates", upstream=("teacher",), config=lambda p: (p.surrogates, p.seed))
 def run_surrogates(run: Run) -> dict:
-    "FwKD of the library (eq. 8) on this profile's teacher; writes the library, and what each surrogate costs and loses."
+    "FwKD of the library (eq. 8) on this profile's teacher; writes the library, what each surrogate costs and loses, and curves of a random start beside it."
     p, cfg, device = run.profile, run.profile.surrogates, pick_device(run.profile.device)
     source = load_teacher(run.up["teacher"])
     unet, schedule = source.unet.to(device).eval().requires_grad_(False), source.schedule
     teacher = cut(unet)
-    keep = lambda shape: tuple(d for d in default_designs(shape) if cfg.names is None or d in cfg.names)
-    library = surrogate_library(teacher, keep, context=null_context(unet, 1), seed=p.seed)
+    keep = lambda names: lambda shape: tuple(d for d in default_designs(shape) if names is None or d in names)
+    library = surrogate_library(teacher, keep(cfg.names), context=null_context(unet, 1), seed=p.seed)
+    fresh = surrogate_library(teacher, keep(cfg.random_names), init="random", seed=p.seed)
     photos, side = load_photos(p.data), p.data.patch//source.codec.factor
     calib, held = (LatentBank.encode(source.codec, f) for f in (calibration(photos.split("train"), cfg.calibration_share), photos.split("val")))
     def batch(bank, step, stream=0):
-        z, z_t, t = noisy_latents(bank, schedule, cfg.batch, side, step_generator(p.seed + 1000*stream, step), device)
+        z, z_t, t = noisy_latents(bank, schedule, cfg.batch, side, common_generator(p.seed + 1000*stream, step), device)
         return z, (z_t, t, null_context(unet, cfg.batch))
     run.log(f"{len(library)} surrogates, {sum(count_params(m) for _, _, m in library)/1e6:.1f} M parameters")
-    losses = distill(teacher, library, lambda i: batch(calib, i)[1], cfg.steps, cfg.lr, run.scratch, warmup=cfg.steps//20, mixed_precision=p.mixed_precision, log=run.log)
+    train = lambda lib, scratch: distill_shared(teacher, lib, lambda i: batch(calib, i)[1], cfg.steps, cfg.lr, scratch, warmup=cfg.steps//20, mixed_precision=p.mixed_precision, log=run.log)
+    losses = train(library, run.scratch)
     save_library(run.dir, library, teacher)
-    write_json(run.dir/"losses.json", dict(surrogates=[f"{s} {n}" for s, n, _ in library], losses=losses.tolist()))
+    random = _record(fresh, train(fresh, run.scratch)) if len(fresh) else None
+    write_json(run.dir/"losses.json", _record(library, losses) | dict(random=random))
     rows = measure_stages(teacher, library, [batch(held, i, stream=1)[1] for i in range(cfg.eval_batches)])
     latents = torch.cat([batch(calib, i, stream=2)[0] for i in range(cfg.eval_batches)])
     removed = _note_fidelity(rows, single_swaps(Fidelity.draw(teacher, schedule, latents, p.seed), teacher, library))
-    return dict(surrogates=len(library), rows=rows, removed=removed, removable=library.removable, teacher_params=count_params(teacher),
+    overhead = fwkd_overhead(teacher, library, lambda i: batch(calib, i)[1], mixed_precision=p.mixed_precision)
+    run.log(f"a step takes {overhead['overhead']:.2f} of its parts")
+    return dict(surrogates=len(library), rows=rows, removed=removed, removable=library.removable, teacher_params=count_params(teacher), overhead=overhead,
                 loss_first=losses[0].mean().item(), loss_last=losses[-1].mean().item())
