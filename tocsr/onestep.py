@@ -94,7 +94,7 @@ class Features(nn.Module):
         self.net = lite0(device).requires_grad_(False)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        return self.net.forward_intermediates(x, indices=[0, 1, 2, 3], intermediates_only=True)
+        return self.net.forward_intermediates(x, indices=[0, 1, 2, 3], stop_early=True, intermediates_only=True)
 
 def feature_loss(a: list[Tensor], b: list[Tensor]) -> Tensor:
     "Mean squared distance of channel-normalised feature maps, averaged over maps."
