@@ -21,7 +21,7 @@ from .images import ImageError, Photos, _opened, benchmark, read_image, texture,
 from .metrics import METRICS, _FEATURES, available, frechet, lower_better, measure, metric, record, summary, to_unit
 from .peers import PEERS, PeerNet, missing_peer, peer, peer_key
 from .report import Claim
-from .store import config_hash, file_hash, machine, runs_dir, source_hash, write_atomic, write_json
+from .store import config_hash, file_hash, load_weights, machine, read_weights, runs_dir, source_hash, write_atomic, write_json
 
 # %% auto #0
 __all__ = ['SCALE', 'BICUBIC', 'DEGRADED', 'STANDARD', 'DATASETS', 'MOST', 'FIRST_SEED', 'COMPETITORS', 'DTYPES', 'CHUNK',
@@ -177,10 +177,22 @@ def _peer(name: str, threads: int, dtype: str) -> Callable:
     net = PeerNet(name, threads, bf16=dtype == "bf16")
     return lambda lr, i: net(lr)
 
+def _regression(file: Path, threads: int, dtype: str) -> Callable:
+    from tocsr.onestep import RegressionNet
+    state = read_weights(file)
+    if not {"head.weight", "tail.weight"} <= state.keys(): raise EvalError(f"{file} holds no regression net; give the folder of a saved pipeline, or regression.safetensors of a run")
+    blocks = len({k.split(".")[1] for k in state if k.startswith("body.")})
+    net = load_weights(file, RegressionNet(blocks, len(state["head.weight"]), math.isqrt(len(state["tail.weight"])//3))).eval()
+    def f(lr, i):
+        with torch.autocast("cpu", DTYPES[dtype], enabled=dtype != "fp32"): return net(lr).float()
+    return f
+
 def _folder_model(name: str, title: str, folder: Path | None, where: Path) -> Model:
     from tocsr.pipeline import TOCSRPipeline
     parts = sorted(f for f in where.rglob("*") if f.suffix in (".safetensors", ".json"))
     return Model(name, title, config_hash([(str(f.relative_to(where)), file_hash(f)) for f in parts], source_hash(TOCSRPipeline)), lambda threads, dtype: _pipeline(folder, threads, dtype))
+
+_STUDENTS = dict(paper="one step, the paper's loss", l1="L1 regression, equal cost")
 
 def open_model(spec: str | Path | Model) -> Model:
     "A competitor by name or folder; one that cannot run says why in `missing`. Raises `EvalError` for a name that is neither."
@@ -194,8 +206,10 @@ def open_model(spec: str | Path | Model) -> Model:
         from tocsr.expansion import shipped
         try: return _folder_model(name, "ours", None, shipped("onestep"))
         except FileNotFoundError as e: return Model(name, "ours", "", missing=str(e))
-    if Path(name).expanduser().is_dir(): return _folder_model(Path(name).name, Path(name).name, folder := Path(name).expanduser(), folder)
-    raise EvalError(f"unknown model {name!r}; choose bicubic, {', '.join(PEERS)}, ours, or the folder of a saved pipeline")
+    path = Path(name).expanduser()
+    if path.is_dir(): return _folder_model(path.name, _STUDENTS.get(path.name, path.name), path, path)
+    if path.is_file(): return Model("l1", _STUDENTS["l1"], file_hash(path), lambda threads, dtype: _regression(path, threads, dtype))
+    raise EvalError(f"unknown model {name!r}; choose bicubic, {', '.join(PEERS)}, ours, the folder of a saved pipeline, or the file of a regression net")
 
 # %% ../nbs/tools/18_evaluation.ipynb #a005a283
 class Ledger:
