@@ -233,5 +233,8 @@ def test_bad_input_is_one_line(args, code, word, monkeypatch):
 
 
 def test_a_folder_without_a_model_is_an_error(folder):
-    r = CliRunner().invoke(app, ["eval", "--dataset", "RealSR", "--root", str(folder), "--model", str(folder)])
-    assert r.exit_code == 1 and r.stderr.strip().splitlines()[-1].startswith("tocsr: ") and "Traceback" not in r.stderr
+    from tocsr.store import save_weights
+    save_weights(folder/"other.safetensors", dict(x=torch.zeros(2))); (folder/"text.txt").write_text("no weights")
+    for path in (folder, folder/"other.safetensors", folder/"text.txt"):
+        r = CliRunner().invoke(app, ["eval", "--dataset", "RealSR", "--root", str(folder), "--model", str(path)])
+        assert r.exit_code == 1 and r.stderr.strip().splitlines()[-1].startswith("tocsr: ") and "Traceback" not in r.stderr and str(path) in r.stderr, r.stderr

@@ -18,13 +18,13 @@ from torch import Tensor
 from tqdm import tqdm
 from .degradations import degrade, imresize
 from .images import ImageError, Photos, _opened, benchmark, read_image, texture, to_array, to_tensor
-from .metrics import _FEATURES, available, frechet, lower_better, measure, metric, record, summary, to_unit
+from .metrics import METRICS, _FEATURES, available, frechet, lower_better, measure, metric, record, summary, to_unit
 from .peers import PEERS, PeerNet, missing_peer, peer, peer_key
 from .report import Claim
-from .store import config_hash, file_hash, machine, runs_dir, source_hash, write_atomic, write_json
+from .store import config_hash, file_hash, load_weights, machine, read_weights, runs_dir, source_hash, write_atomic, write_json
 
 # %% auto #0
-__all__ = ['SCALE', 'BICUBIC', 'DEGRADED', 'STANDARD', 'DATASETS', 'MOST', 'FIRST_SEED', 'DTYPES', 'CHUNK', 'COMPETITORS',
+__all__ = ['SCALE', 'BICUBIC', 'DEGRADED', 'STANDARD', 'DATASETS', 'MOST', 'FIRST_SEED', 'COMPETITORS', 'DTYPES', 'CHUNK',
            'GROUPS', 'EvalError', 'EvalSet', 'bicubic_set', 'standard_set', 'pixel_hash', 'corners', 'choose_crops',
            'cut_and_degrade', 'make_manifest', 'packaged_manifest', 'degraded_set', 'eval_set', 'Model', 'open_model',
            'Ledger', 'Runner', 'evaluate', 'values_of', 'median_time', 'table', 'paired', 'share_of_way', 'save_result',
@@ -150,6 +150,7 @@ def eval_set(name: str, root: str | Path | None = None, verify: bool = True, dow
     return bicubic_set(name, root, download) if name in BICUBIC else standard_set(name, root)
 
 # %% ../nbs/tools/18_evaluation.ipynb #bd8901bd
+COMPETITORS = ("bicubic", "span", "animevideov3", "x4plus", "l1", "paper", "ours")  # names that claims are made of, in the tables' order
 DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16)
 
 @dataclass(frozen=True)
@@ -176,10 +177,22 @@ def _peer(name: str, threads: int, dtype: str) -> Callable:
     net = PeerNet(name, threads, bf16=dtype == "bf16")
     return lambda lr, i: net(lr)
 
+def _regression(file: Path, threads: int, dtype: str) -> Callable:
+    from tocsr.onestep import RegressionNet
+    state = read_weights(file)
+    if not {"head.weight", "tail.weight"} <= state.keys(): raise EvalError(f"{file} holds no regression net; give the folder of a saved pipeline, or regression.safetensors of a run")
+    blocks = len({k.split(".")[1] for k in state if k.startswith("body.")})
+    net = load_weights(file, RegressionNet(blocks, len(state["head.weight"]), math.isqrt(len(state["tail.weight"])//3))).eval()
+    def f(lr, i):
+        with torch.autocast("cpu", DTYPES[dtype], enabled=dtype != "fp32"): return net(lr).float()
+    return f
+
 def _folder_model(name: str, title: str, folder: Path | None, where: Path) -> Model:
     from tocsr.pipeline import TOCSRPipeline
     parts = sorted(f for f in where.rglob("*") if f.suffix in (".safetensors", ".json"))
     return Model(name, title, config_hash([(str(f.relative_to(where)), file_hash(f)) for f in parts], source_hash(TOCSRPipeline)), lambda threads, dtype: _pipeline(folder, threads, dtype))
+
+_STUDENTS = dict(paper="one step, the paper's loss", l1="L1 regression, equal cost")
 
 def open_model(spec: str | Path | Model) -> Model:
     "A competitor by name or folder; one that cannot run says why in `missing`. Raises `EvalError` for a name that is neither."
@@ -193,8 +206,10 @@ def open_model(spec: str | Path | Model) -> Model:
         from tocsr.expansion import shipped
         try: return _folder_model(name, "ours", None, shipped("onestep"))
         except FileNotFoundError as e: return Model(name, "ours", "", missing=str(e))
-    if Path(name).expanduser().is_dir(): return _folder_model(Path(name).name, Path(name).name, folder := Path(name).expanduser(), folder)
-    raise EvalError(f"unknown model {name!r}; choose bicubic, {', '.join(PEERS)}, ours, or the folder of a saved pipeline")
+    path = Path(name).expanduser()
+    if path.is_dir(): return _folder_model(path.name, _STUDENTS.get(path.name, path.name), path, path)
+    if path.is_file(): return Model("l1", _STUDENTS["l1"], file_hash(path), lambda threads, dtype: _regression(path, threads, dtype))
+    raise EvalError(f"unknown model {name!r}; choose bicubic, {', '.join(PEERS)}, ours, the folder of a saved pipeline, or the file of a regression net")
 
 # %% ../nbs/tools/18_evaluation.ipynb #a005a283
 class Ledger:
@@ -349,11 +364,16 @@ def median_time(result: dict, model: str, what: str = "cpu_seconds") -> dict | s
     low, high = _resampled([v], lambda a: np.median(a)) if len(v) > 1 else (None, None)
     return dict(mean=float(np.median(v)), low=low, high=high, n=len(v))
 
+def _ordered(result: dict) -> list[tuple[str, dict]]:
+    "Competitors in the order of `COMPETITORS`, others after them: a file keeps no order."
+    rank = {n: i for i, n in enumerate(COMPETITORS)}
+    return sorted(result["models"].items(), key=lambda m: (rank.get(m[0], len(rank)), m[0]))
+
 def table(result: dict) -> list[dict]:
     "Rows for `plots.save_table`: competitor, every metric with its interval, median seconds per image."
-    names = list(dict.fromkeys(n for m in result["models"].values() for n in m.get("values", {})))
-    rows = []
-    for name, m in result["models"].items():
+    measured = {n for m in result["models"].values() for n in m.get("values", {})}
+    names, rows = [n for n in METRICS if n in measured], []
+    for name, m in _ordered(result):
         cells = {n: summary(values_of(result, name, n)) for n in names}
         rows.append(dict(method=m["title"], **cells, **{"seconds": median_time(result, name, "seconds"), "CPU seconds": median_time(result, name)}))
     return rows
@@ -405,7 +425,6 @@ def join(*results: dict) -> dict:
     return dict(parts[0], models=models, protocol=parts[-1]["protocol"], measured=[r["protocol"] for r in parts])
 
 # %% ../nbs/tools/18_evaluation.ipynb #b0791494
-COMPETITORS = ("ours", "paper", "bicubic", "l1", "span", "animevideov3", "x4plus")  # names that claims are made of
 GROUPS = {"degraded": "deg", "Set5": "set5", "Set14": "set14"}
 _UNITS = dict(psnry="dB", seconds="s")
 
@@ -455,8 +474,17 @@ def _axis(what: str) -> str:
 def _points(result: dict, x: str, y: str) -> list[tuple[str, str, dict, dict]]:
     "(name, title, x, y) of the competitors that have both."
     stat = lambda name, what: median_time(result, name) if what == "cpu_seconds" else summary(values_of(result, name, what))
-    all_ = [(name, m["title"], stat(name, x), stat(name, y)) for name, m in result["models"].items()]
+    all_ = [(name, m["title"], stat(name, x), stat(name, y)) for name, m in _ordered(result)]
     return [p for p in all_ if not isinstance(p[2], str) and not isinstance(p[3], str)]
+
+def _label(ax, points: Sequence[tuple[str, float, float]]):
+    "Names beside points: to the left where a neighbour or the edge is at the right."
+    ax.autoscale_view()                                  # matplotlib would fix the limits only when drawing
+    at = [ax.transAxes.inverted().transform(ax.transData.transform(p[1:])) for p in points]
+    for i, (title, x, y) in enumerate(points):
+        near = any(0 < at[j][0] - at[i][0] < 0.25 and abs(at[j][1] - at[i][1]) < 0.12 for j in range(len(at)))
+        left = near or at[i][0] > 0.7
+        ax.annotate(title, (x, y), xytext=(-4 if left else 4, 4), textcoords="offset points", ha="right" if left else "left", fontsize=6.5)
 
 def trade_off(result: dict, x: str = "psnry", y: str = "stlpips", ours: Sequence[str] = ("ours",)):
     "Figure of one measure against another, a point per competitor with its intervals; raises `EvalError` where nobody has both."
@@ -469,9 +497,9 @@ def trade_off(result: dict, x: str = "psnry", y: str = "stlpips", ours: Sequence
         fig, ax = plt.subplots(figsize=(3.6, 2.7))
         for name, title, a, b in points:
             ax.errorbar(a["mean"], b["mean"], xerr=arm(a), yerr=arm(b), fmt="o", color=OURS if name in ours else PAPER, elinewidth=0.7, capsize=1.5)
-            ax.annotate(title, (a["mean"], b["mean"]), xytext=(4, 4), textcoords="offset points", fontsize=6.5)
         if x == "cpu_seconds": ax.set_xscale("log")
-        ax.set(xlabel=_axis(x), ylabel=_axis(y)); ax.margins(x=0.18)
+        ax.set(xlabel=_axis(x), ylabel=_axis(y)); ax.margins(x=0.12)
+        _label(ax, [(title, a["mean"], b["mean"]) for _, title, a, b in points])
         ax.set_title(f"{result['set']}, {len(result['images'])} images, {result['degradation']}; {result['protocol']['threads']} thread(s)", fontsize=7)
     return fig
 
