@@ -588,7 +588,7 @@ def cross_search(problem: Problem, eps: Sequence[float], budget: int, seed: int 
         tape.measure(a)
     return tape.done
 
-# %% ../nbs/03_search.ipynb #597096ff
+# %% ../nbs/03_search.ipynb #6743ef14
 EXTRAS = dict(nsga2="pymoo", tpe="optuna")
 
 def absent(method: str) -> str:
@@ -641,7 +641,7 @@ def tpe_search(problem: Problem, eps: Sequence[float], iterations: int = 40, see
         tape, idle = Tape(problem, journal, "tpe", seed, f"eps={e:.9g}"), 0
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=initial, multivariate=True))
+            study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=int(step_rng(seed, tape.who[2], 0).integers(2**31)), n_startup_trials=initial, multivariate=True))
         while idle < 100:         # proposals that repeat what is known: it has converged
             trial = study.ask()
             a = tuple(trial.suggest_categorical(n, range(c)) for n, c in zip(names, problem.space.counts.tolist()))
