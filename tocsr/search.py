@@ -564,7 +564,7 @@ def additive_search(problem: Problem, eps: Sequence[float], budget: int, seed: i
         tape.measure(a)
     return tape.done
 
-# %% ../nbs/03_search.ipynb #298d4109
+# %% ../nbs/03_search.ipynb #aae4f901
 def cross_score(problem: Problem, X) -> np.ndarray:  # (n, stages) -> (n,)
     "Squared norm of the summed error vectors of the single swaps; raises `SearchError` when the problem does not know their products."
     if problem.products is None: raise SearchError("the cross-term score needs the inner products of the single swaps' error vectors (Problem.products)")
@@ -574,14 +574,16 @@ def cross_score(problem: Problem, X) -> np.ndarray:  # (n, stages) -> (n,)
 def cross_search(problem: Problem, eps: Sequence[float], budget: int, seed: int = 0, journal: Journal | None = None) -> list[Evaluation]:
     "Cheapest architecture whose cross-term score, scaled by the median ratio of what is measured, keeps eps; the eps take turns and share all evaluations."
     eps, tape = [e for e in check_grid(eps) if e > 0 or not problem.space.has_teacher], Tape(problem, journal, "cross", seed)
-    cross_score(problem, np.zeros((1, len(problem.space.counts)), dtype=int))
+    counts, listed = tuple(problem.space.counts), problem.everything is not None
+    table = cross_score(problem, enumerate_space(problem.space) if listed else np.zeros((1, len(counts)), dtype=int))   # once for all steps
+    guess = lambda Y: table[np.ravel_multi_index(np.asarray(Y).T, counts)] if listed else cross_score(problem, Y)
     for k in range(len(tape), budget if eps else 0):
         e, rng = eps[k % len(eps)], step_rng(seed, "all", k)
         known = [(d.arch, d.gap) for d in tape.done if d.gap > 0]
-        scale = np.exp(np.median([np.log(g/max(c, 1e-12)) for (_, g), c in zip(known, cross_score(problem, [a for a, _ in known]))])) if known else 1.0
+        scale = np.exp(np.median([np.log(g/max(c, 1e-12)) for (_, g), c in zip(known, guess([a for a, _ in known]))])) if known else 1.0
         best = answer(problem, tape.done, e).cost
         def score(Y):             # within eps: the cheaper the better; none within: the least error among the cheaper ones
-            c, s = problem.costs(Y), scale*cross_score(problem, Y)
+            c, s = problem.costs(Y), scale*guess(Y)
             return np.where(c < best, np.where(s <= e, 1/c, -s/e), -np.inf if np.isfinite(best) else -s/e)
         a = propose(score, problem, tape, np.array(knapsack(problem, problem.weights, [e])), rng)
         if a is None: break
@@ -758,7 +760,7 @@ def structured_step(problem: Problem, tape: Tape, eps: Sequence[float], rng: np.
     near = neighbours(problem.space, np.unique(np.array(seeds), axis=0))
     far = near[rng.integers(0, len(near), 200)]; s = rng.integers(0, far.shape[1], len(far))   # random second swaps
     far[np.arange(len(far)), s] = rng.integers(0, problem.space.counts[s])
-    return propose(score, problem, tape, np.concatenate([near, far]), rng)
+    return propose(score, problem, tape, np.concatenate([near, far]), rng, whole=problem.space.size <= 4096)
 
 # %% ../nbs/03_search.ipynb #b53fb97e
 def structured_search(problem: Problem, eps: Sequence[float], budget: int, seed: int = 0, journal: Journal | None = None) -> list[Evaluation]:
