@@ -590,7 +590,7 @@ def cross_search(problem: Problem, eps: Sequence[float], budget: int, seed: int 
         tape.measure(a)
     return tape.done
 
-# %% ../nbs/03_search.ipynb #6743ef14
+# %% ../nbs/03_search.ipynb #e1b61f63
 EXTRAS = dict(nsga2="pymoo", tpe="optuna")
 
 def absent(method: str) -> str:
@@ -632,6 +632,7 @@ def _worst(tape: Tape) -> float:
     "The worst gap seen, for failures."
     return max((e.gap for e in tape.done if np.isfinite(e.gap)), default=1.0)
 
+# %% ../nbs/03_search.ipynb #e95d162b
 def tpe_search(problem: Problem, eps: Sequence[float], iterations: int = 40, seed: int = 0, journal: Journal | None = None, initial: int = 6) -> list[Evaluation]:
     "For every eps an independent run of multivariate TPE with the constraint gap <= eps; raises `SearchError` without optuna. A resumed run replays its trials."
     if reason := absent("tpe"): raise SearchError(reason)
@@ -1051,7 +1052,7 @@ def run_until(method: str, problem: Problem, e: float, optimum: float, budget: i
         if np.isfinite(evaluations_to(best_so_far(problem, done, e), optimum)) or len(done) == before: break
     return done
 
-# %% ../nbs/03_search.ipynb #c6c9d396
+# %% ../nbs/03_search.ipynb #be66de0d
 SHARING = ("structured", "additive", "cross", "greedy")   # one run serves the grid: the front's small budget
 SLOW = ("paper", "tpe")           # fit a model from scratch at every step: fewer seeds where the profile says so
 
@@ -1066,6 +1067,7 @@ def compare_seed(method: str, problem: Problem, grid: Sequence[float], optimum: 
     regret, missing = front_curves(problem, front, grid, optimum, top, whole)
     return dict(to_1pct=to(0.01), to_5pct=to(0.05), regret=regret.tolist(), missing=missing.tolist(), step_s=seconds)
 
+# %% ../nbs/03_search.ipynb #8c99e0bc
 @stage("compare", config=lambda p: (p.search, _table_key(p), p.seed), data=False)
 def run_compare(run: Run) -> dict:
     "Every method on the truth table over fresh seeds; writes seeds.json with all runs, returns medians and intervals. A killed run goes on with the next seed."
@@ -1089,7 +1091,7 @@ def run_compare(run: Run) -> dict:
     return dict(source=source, size=len(table), unit=unit, eps=list(cfg.compare_eps), optimum=optimum.tolist(), swaps=int(sum(table.space.counts) - len(table.space.counts)), cap=cfg.compare_iterations, front_budget=cfg.compare_front,
                 methods={m: summary(s, cfg.compare_iterations) for m, s in out.items()}, left_out={m: absent(m) for m in METHODS if absent(m)}, step_38x5=step_seconds())
 
-# %% ../nbs/03_search.ipynb #8bc07a35
+# %% ../nbs/03_search.ipynb #bd10e356
 def quartiles(values: Sequence[float]) -> dict:
     "Median, quartiles and a bootstrap 95% interval of the median; None: infinite."
     v = np.asarray(values, dtype=float); finite = lambda x: float(x) if np.isfinite(x) else None
@@ -1106,6 +1108,7 @@ def summary(seeds: list[dict], cap: int) -> dict:
         out[k] = dict(per_eps=[quartiles(c) | dict(solved=float(np.isfinite(c).mean())) for c in v.T], middle=quartiles(v[:, middle].ravel()) | dict(solved=float(np.isfinite(v[:, middle]).mean())))
     return out | {k: quartiles([s[k][-1] for s in seeds]) | dict(mean=float(np.mean([s[k][-1] for s in seeds]))) for k in ("regret", "missing")}
 
+# %% ../nbs/03_search.ipynb #fac5eb8e
 def step_seconds(n: int = 200, stages: int = 38, options: int = 5, repeats: int = 3) -> float:
     "CPU seconds of one step of ours when `n` evaluations of a synthetic space are known; mean of `repeats` steps."
     problem = synthetic_problem(stages, options)
