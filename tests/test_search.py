@@ -325,3 +325,51 @@ def test_hypervolume_against_sampling():
     share = (points[:, None, 0] >= c).__and__(points[:, None, 1] >= g).any(1).mean()
     assert hypervolume(c, g, (0.8, 0.8)) == pytest.approx(0.64*share, abs=4e-3)
     assert hypervolume([*c, 0.0], [*g, np.nan], (0.8, 0.8)) == hypervolume(c, g, (0.8, 0.8))
+
+
+@pytest.fixture(scope="module")
+def measured():
+    "A thin teacher of random weights, a small library and what they are measured on."
+    from tocsr.diffusion import nano_unet, noise_schedule
+    from tocsr.profiles import UNetConfig
+    from tocsr.surrogates import cut, surrogate_library
+    from tocsr.truth import Parts, Probe, declare
+    torch.manual_seed(0)
+    teacher = cut(nano_unet(UNetConfig(channels=(32, 32, 32, 32), heads=(1, 1, 1, 1)), 16).eval().requires_grad_(False))
+    library = surrogate_library(teacher, {"E1": ("R",), "E3": ("R",), "E4": ("R/2",), "D4": ("R",), "D3": ("RA",), "D1": ("R",)})
+    for _, _, m in library: m.eval().requires_grad_(False)
+    schedule, z = noise_schedule("v_prediction"), torch.randn(12, 16, 8, 8)
+    space = declare(teacher, library, ("E1: R", "E3: R", "deepest: R/2-none-R none", "D3: RA", "D1: R"))
+    return Parts(teacher, library, schedule, z), space, Probe.draw(teacher, schedule, z, 0)
+
+
+def test_every_row_of_the_table_is_the_assembled_network(measured):
+    from tocsr.surrogates import Fidelity, assemble
+    from tocsr.truth import walk_errors
+    parts, space, probe = measured
+    fidelity = Fidelity(parts.teacher, parts.schedule, parts.latents, probe.t, probe.noise)
+    gaps = walk_errors(parts.teacher, parts.library, space, probe)[0].mean(1)
+    assert len(gaps) == space.size == 48
+    for i in range(1, 48, 5):
+        assert gaps[i].item() == pytest.approx(fidelity(assemble(parts.teacher, parts.library, space.architecture(space.vectors()[i]))).mean, rel=1e-3), i
+
+
+def test_a_killed_table_goes_on_where_it_was(measured, tmp_path, monkeypatch):
+    import tocsr.truth as truth
+    from tocsr.profiles import get_profile
+    from tocsr.store import Run
+    parts, space, probe = measured
+    run = Run(get_profile("smoke"), tmp_path/"result", tmp_path/"scratch", {})
+    run.scratch.mkdir()
+    whole, original, calls = truth.walk_errors(parts.teacher, parts.library, space, probe), truth.walk_errors, []
+
+    def dying(*args):
+        if len(calls) == 2: raise KeyboardInterrupt
+        calls.append(args)
+        return original(*args)
+    monkeypatch.setattr(truth, "walk_errors", dying)
+    with pytest.raises(KeyboardInterrupt): truth.measure_chunks(run, parts, space, probe)
+    monkeypatch.setattr(truth, "walk_errors", lambda *args: calls.append(args) or original(*args))
+    errors, _ = truth.measure_chunks(run, parts, space, probe)
+    assert len(calls) == 4, "a finished chunk was measured again"
+    assert torch.allclose(errors, whole, rtol=1e-4, atol=1e-9)

@@ -564,7 +564,7 @@ def additive_search(problem: Problem, eps: Sequence[float], budget: int, seed: i
         tape.measure(a)
     return tape.done
 
-# %% ../nbs/03_search.ipynb #298d4109
+# %% ../nbs/03_search.ipynb #aae4f901
 def cross_score(problem: Problem, X) -> np.ndarray:  # (n, stages) -> (n,)
     "Squared norm of the summed error vectors of the single swaps; raises `SearchError` when the problem does not know their products."
     if problem.products is None: raise SearchError("the cross-term score needs the inner products of the single swaps' error vectors (Problem.products)")
@@ -574,21 +574,23 @@ def cross_score(problem: Problem, X) -> np.ndarray:  # (n, stages) -> (n,)
 def cross_search(problem: Problem, eps: Sequence[float], budget: int, seed: int = 0, journal: Journal | None = None) -> list[Evaluation]:
     "Cheapest architecture whose cross-term score, scaled by the median ratio of what is measured, keeps eps; the eps take turns and share all evaluations."
     eps, tape = [e for e in check_grid(eps) if e > 0 or not problem.space.has_teacher], Tape(problem, journal, "cross", seed)
-    cross_score(problem, np.zeros((1, len(problem.space.counts)), dtype=int))
+    counts, listed = tuple(problem.space.counts), problem.everything is not None
+    table = cross_score(problem, enumerate_space(problem.space) if listed else np.zeros((1, len(counts)), dtype=int))   # once for all steps
+    guess = lambda Y: table[np.ravel_multi_index(np.asarray(Y).T, counts)] if listed else cross_score(problem, Y)
     for k in range(len(tape), budget if eps else 0):
         e, rng = eps[k % len(eps)], step_rng(seed, "all", k)
         known = [(d.arch, d.gap) for d in tape.done if d.gap > 0]
-        scale = np.exp(np.median([np.log(g/max(c, 1e-12)) for (_, g), c in zip(known, cross_score(problem, [a for a, _ in known]))])) if known else 1.0
+        scale = np.exp(np.median([np.log(g/max(c, 1e-12)) for (_, g), c in zip(known, guess([a for a, _ in known]))])) if known else 1.0
         best = answer(problem, tape.done, e).cost
         def score(Y):             # within eps: the cheaper the better; none within: the least error among the cheaper ones
-            c, s = problem.costs(Y), scale*cross_score(problem, Y)
+            c, s = problem.costs(Y), scale*guess(Y)
             return np.where(c < best, np.where(s <= e, 1/c, -s/e), -np.inf if np.isfinite(best) else -s/e)
         a = propose(score, problem, tape, np.array(knapsack(problem, problem.weights, [e])), rng)
         if a is None: break
         tape.measure(a)
     return tape.done
 
-# %% ../nbs/03_search.ipynb #597096ff
+# %% ../nbs/03_search.ipynb #e1b61f63
 EXTRAS = dict(nsga2="pymoo", tpe="optuna")
 
 def absent(method: str) -> str:
@@ -630,6 +632,7 @@ def _worst(tape: Tape) -> float:
     "The worst gap seen, for failures."
     return max((e.gap for e in tape.done if np.isfinite(e.gap)), default=1.0)
 
+# %% ../nbs/03_search.ipynb #e95d162b
 def tpe_search(problem: Problem, eps: Sequence[float], iterations: int = 40, seed: int = 0, journal: Journal | None = None, initial: int = 6) -> list[Evaluation]:
     "For every eps an independent run of multivariate TPE with the constraint gap <= eps; raises `SearchError` without optuna. A resumed run replays its trials."
     if reason := absent("tpe"): raise SearchError(reason)
@@ -641,7 +644,7 @@ def tpe_search(problem: Problem, eps: Sequence[float], iterations: int = 40, see
         tape, idle = Tape(problem, journal, "tpe", seed, f"eps={e:.9g}"), 0
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=initial, multivariate=True))
+            study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=int(step_rng(seed, tape.who[2], 0).integers(2**31)), n_startup_trials=initial, multivariate=True))
         while idle < 100:         # proposals that repeat what is known: it has converged
             trial = study.ask()
             a = tuple(trial.suggest_categorical(n, range(c)) for n, c in zip(names, problem.space.counts.tolist()))
@@ -758,7 +761,7 @@ def structured_step(problem: Problem, tape: Tape, eps: Sequence[float], rng: np.
     near = neighbours(problem.space, np.unique(np.array(seeds), axis=0))
     far = near[rng.integers(0, len(near), 200)]; s = rng.integers(0, far.shape[1], len(far))   # random second swaps
     far[np.arange(len(far)), s] = rng.integers(0, problem.space.counts[s])
-    return propose(score, problem, tape, np.concatenate([near, far]), rng)
+    return propose(score, problem, tape, np.concatenate([near, far]), rng, whole=problem.space.size <= 4096)
 
 # %% ../nbs/03_search.ipynb #b53fb97e
 def structured_search(problem: Problem, eps: Sequence[float], budget: int, seed: int = 0, journal: Journal | None = None) -> list[Evaluation]:
@@ -1049,7 +1052,7 @@ def run_until(method: str, problem: Problem, e: float, optimum: float, budget: i
         if np.isfinite(evaluations_to(best_so_far(problem, done, e), optimum)) or len(done) == before: break
     return done
 
-# %% ../nbs/03_search.ipynb #c6c9d396
+# %% ../nbs/03_search.ipynb #be66de0d
 SHARING = ("structured", "additive", "cross", "greedy")   # one run serves the grid: the front's small budget
 SLOW = ("paper", "tpe")           # fit a model from scratch at every step: fewer seeds where the profile says so
 
@@ -1064,6 +1067,7 @@ def compare_seed(method: str, problem: Problem, grid: Sequence[float], optimum: 
     regret, missing = front_curves(problem, front, grid, optimum, top, whole)
     return dict(to_1pct=to(0.01), to_5pct=to(0.05), regret=regret.tolist(), missing=missing.tolist(), step_s=seconds)
 
+# %% ../nbs/03_search.ipynb #8c99e0bc
 @stage("compare", config=lambda p: (p.search, _table_key(p), p.seed), data=False)
 def run_compare(run: Run) -> dict:
     "Every method on the truth table over fresh seeds; writes seeds.json with all runs, returns medians and intervals. A killed run goes on with the next seed."
@@ -1087,7 +1091,7 @@ def run_compare(run: Run) -> dict:
     return dict(source=source, size=len(table), unit=unit, eps=list(cfg.compare_eps), optimum=optimum.tolist(), swaps=int(sum(table.space.counts) - len(table.space.counts)), cap=cfg.compare_iterations, front_budget=cfg.compare_front,
                 methods={m: summary(s, cfg.compare_iterations) for m, s in out.items()}, left_out={m: absent(m) for m in METHODS if absent(m)}, step_38x5=step_seconds())
 
-# %% ../nbs/03_search.ipynb #8bc07a35
+# %% ../nbs/03_search.ipynb #bd10e356
 def quartiles(values: Sequence[float]) -> dict:
     "Median, quartiles and a bootstrap 95% interval of the median; None: infinite."
     v = np.asarray(values, dtype=float); finite = lambda x: float(x) if np.isfinite(x) else None
@@ -1104,6 +1108,7 @@ def summary(seeds: list[dict], cap: int) -> dict:
         out[k] = dict(per_eps=[quartiles(c) | dict(solved=float(np.isfinite(c).mean())) for c in v.T], middle=quartiles(v[:, middle].ravel()) | dict(solved=float(np.isfinite(v[:, middle]).mean())))
     return out | {k: quartiles([s[k][-1] for s in seeds]) | dict(mean=float(np.mean([s[k][-1] for s in seeds]))) for k in ("regret", "missing")}
 
+# %% ../nbs/03_search.ipynb #fac5eb8e
 def step_seconds(n: int = 200, stages: int = 38, options: int = 5, repeats: int = 3) -> float:
     "CPU seconds of one step of ours when `n` evaluations of a synthetic space are known; mean of `repeats` steps."
     problem = synthetic_problem(stages, options)
