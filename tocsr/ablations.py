@@ -15,7 +15,7 @@ from torch import nn, Tensor
 from diffusers import UNet2DConditionModel
 from .profiles import AblationConfig, StudyConfig, UNetConfig
 from .store import Run, read_weights, save_weights, stage, write_json
-from .adapt import PairPool, condition, heldout_pairs, make_pairs, score, start_noise, upsample
+from .adapt import PairPool, SRModel, condition, heldout_pairs, make_pairs, score, start_noise, upsample
 from .complexity import count_macs, count_params
 from .diffusion import ddim_sample, nano_unet, noise_schedule, null_context, predict_epsilon
 from .expansion import LatentBank, load_codecs, load_teacher
@@ -58,7 +58,7 @@ class ResidualGenerator(nn.Module):
 
     def latent(self, z_l: Tensor, noise: Tensor) -> Tensor:
         "z-hat = z_l + G(z_T, z_l), (b, c, h, w)."
-        return z_l + one_step(self.unet, self.schedule, noise, z_l)
+        return z_l + one_step(SRModel(self.unet, self.schedule), noise, z_l)
 
     def forward(self, x: Tensor, noise: Tensor) -> Tensor:
         "Upsampled images (b, 3, h, w), noise (b, c, h/8, w/8) -> images, not clipped."
@@ -78,7 +78,7 @@ def train_alike(
         rng = step_generator(seed, step)
         pair = pool.batch(torch.randint(len(pool), (cfg.batch,), generator=rng))
         noise = torch.randn(pair.z_l.shape, generator=rng)
-        z = pair.z_l.to(dev) + one_step(models["unet"], g.schedule, noise.to(dev), pair.z_l.to(dev))
+        z = pair.z_l.to(dev) + one_step(SRModel(models["unet"], g.schedule), noise.to(dev), pair.z_l.to(dev))
         latent, pixel = (z - pair.z_h.to(dev)).pow(2).mean(), (g.codec.decode(z) - pair.hr.to(dev)).abs().mean()
         return dict(loss=latent + pixel, latent=latent, pixel=pixel)
     return fit(dict(unet=g.unet), loss, cfg.steps, cfg.lr, scratch, ema=min(0.99, 1 - 5/max(cfg.steps, 10)), warmup=cfg.steps//10, device=device, mixed_precision=mixed_precision, log=log)

@@ -13,11 +13,11 @@ from torch import nn, Tensor
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from safetensors import SafetensorError, safe_open
 from .profiles import AdaptConfig, Profile
-from .store import Artifact, Run, StoreError, save_weights, stage
+from .store import Artifact, Run, StoreError, read_weights, save_weights, stage
 from .images import Photos, load_photos
 from .degradations import degrade, imresize
 from .latents import LatentCodec
-from .diffusion import ddim_sample, diffusion_loss, signal_noise
+from .diffusion import ddim_sample, diffusion_loss, signal_noise, uniform_timesteps
 from .expansion import load_teacher
 from .metrics import measure, summary
 from .runtime import pick_device
@@ -26,9 +26,10 @@ from .surrogates import StagedUNet, cut, load_network, save_network
 from .training import fit, step_generator
 
 # %% auto #0
-__all__ = ['CHUNK', 'condition', 'Pairs', 'Chunks', 'PairPool', 'write_chunks', 'upsample', 'make_pairs', 'adapt', 'start_noise',
-           'start_latent', 'sample_sr', 'heldout_pairs', 'save_model', 'load_model', 'load_adapted', 'load_pool',
-           'score', 'evaluate_steps', 'run_adapt']
+__all__ = ['CHUNK', 'TARGETS', 'ADAPTED', 'condition', 'Pairs', 'Chunks', 'PairPool', 'write_chunks', 'upsample', 'make_pairs',
+           'SRModel', 'residual_gain', 'make_model', 'adapt', 'start_noise', 'start_latent', 'sample_sr',
+           'heldout_pairs', 'save_model', 'load_model', 'load_adapted', 'load_pool', 'score', 'evaluate_steps',
+           'run_adapt']
 
 # %% ../nbs/04_adapt.ipynb #658d7e6a
 def condition(
@@ -116,10 +117,39 @@ def make_pairs(
     write_chunks(folder, count, rows)
     return PairPool(folder)
 
+# %% ../nbs/04_adapt.ipynb #272ca90f
+class SRModel(NamedTuple):
+    "A conditioned network, its noise schedule, and what it diffuses: the sharp latent (`gain` None, the paper's) or the residual over z_l (ours)."
+    unet: nn.Module
+    schedule: DDPMScheduler
+    gain: Tensor | None = None    # (c,) of the residual
+
+    def _gain(self, like: Tensor) -> Tensor: return self.gain.to(like)[:, None, None]
+
+    def target(self, z_h: Tensor, z_l: Tensor) -> Tensor:
+        "z_0 (b, c, h, w), what noise is added to."
+        return z_h if self.gain is None else (z_h - z_l)*self._gain(z_h)
+
+    def latent(self, z_0: Tensor, z_l: Tensor) -> Tensor:
+        "Inverse of `target`: the latent (b, c, h, w) that an estimate of z_0 stands for."
+        return z_0 if self.gain is None else z_l + z_0/self._gain(z_0)
+
+def residual_gain(pool: PairPool, count: int = 512) -> Tensor:
+    "Spread of z_h over that of z_h - z_l, per channel (c,), on the pool's first `count` pairs."
+    pair = pool.batch(range(min(count, len(pool))))
+    spread = lambda z: z.std((0, 2, 3))
+    return spread(pair.z_h)/spread(pair.z_h - pair.z_l).clamp_min(1e-6)
+
+TARGETS = ("residual", "latent")
+
+def make_model(unet: nn.Module, schedule: DDPMScheduler, target: str, pool: PairPool) -> SRModel:
+    "`unet` as a model of 'residual' (ours) or 'latent' (the paper's); raises `ValueError` for another name."
+    if target not in TARGETS: raise ValueError(f"target {target!r}: choose one of {', '.join(TARGETS)}")
+    return SRModel(unet, schedule, residual_gain(pool) if target == "residual" else None)
+
 # %% ../nbs/04_adapt.ipynb #adea5ff1
 def adapt(
-    unet: nn.Module,              # conditioned backbone (`condition`), changed in place
-    schedule: DDPMScheduler,
+    model: SRModel,               # its backbone is conditioned (`condition`) and changed in place
     pool: PairPool,
     cfg: AdaptConfig,
     scratch: Path,                # checkpoints
@@ -129,31 +159,31 @@ def adapt(
     log=None,
 ) -> list[dict]:                  # loss curve
     "Algorithm S3: minimise L_SR = E |eps - eps_theta(z_t, t, z_l)|^2 over pairs (x_h, x_l)."
-    dev = pick_device(device)
+    dev, schedule = pick_device(device), model.schedule
     def loss(step, models):
         g = step_generator(seed, step)
         pair = pool.batch(torch.randint(len(pool), (cfg.batch,), generator=g))                        # z_h = E(x_h), z_l = E(Upsample(x_l))
-        t = torch.randint(schedule.config.num_train_timesteps, (cfg.batch,), generator=g)
-        noise = torch.randn(pair.z_h.shape, generator=g)
-        return diffusion_loss(models["unet"], pair.z_h.to(dev), t.to(dev), noise.to(dev), schedule, cond=pair.z_l.to(dev))
+        z_0, t = model.target(pair.z_h, pair.z_l), uniform_timesteps(cfg.batch, g, schedule)
+        noise = torch.randn(z_0.shape, generator=g)
+        return diffusion_loss(models["unet"], z_0.to(dev), t.to(dev), noise.to(dev), schedule, cond=pair.z_l.to(dev))
     decay = min(cfg.ema, 1 - 5/max(cfg.steps, 10))    # a short run must not average its start in
-    return fit(dict(unet=unet), loss, cfg.steps, cfg.lr, scratch, ema=decay, warmup=cfg.steps//10, device=device, mixed_precision=mixed_precision, log=log)
+    return fit(dict(unet=model.unet), loss, cfg.steps, cfg.lr, scratch, ema=decay, warmup=cfg.steps//10, device=device, mixed_precision=mixed_precision, log=log)
 
 # %% ../nbs/04_adapt.ipynb #9f594e90
 def start_noise(shape: tuple[int, ...], seed: int, numbers: Iterable[int]) -> Tensor:
     "Standard normal (b, *shape); row i depends on (seed, numbers[i]) alone."
     return torch.stack([torch.randn(shape, generator=step_generator(seed, i)) for i in map(int, numbers)])
 
-def start_latent(z_l: Tensor, noise: Tensor, schedule: DDPMScheduler, start: str = "noise") -> Tensor:
+def start_latent(model: SRModel, z_l: Tensor, noise: Tensor, start: str = "noise") -> Tensor:
     "z_T (b, c, h, w) for 'noise' (the paper's) or 'matched' (ours)."
     if start not in ("noise", "matched"): raise ValueError(f"start {start!r}: choose 'noise' or 'matched'")
     if start == "noise": return noise
-    a, s = signal_noise(schedule, torch.tensor([schedule.config.num_train_timesteps - 1]))
-    return a.to(noise)*z_l + s.to(noise)*noise
+    a, s = signal_noise(model.schedule, torch.tensor([model.schedule.config.num_train_timesteps - 1]))
+    return a.to(noise)*model.target(z_l, z_l) + s.to(noise)*noise
 
 @torch.no_grad()
 def sample_sr(
-    unet: nn.Module, schedule: DDPMScheduler, codec: LatentCodec,
+    model: SRModel, codec: LatentCodec,
     lr: Tensor,                   # (b, 3, h, w) in [-1, 1]; scale*h, scale*w multiples of 8
     steps: int,
     scale: int = 4,
@@ -163,32 +193,38 @@ def sample_sr(
     device: str = "cpu",
 ) -> Tensor:                      # (b, 3, scale*h, scale*w), not clipped
     "Upsample, encode, `steps` DDIM steps, decode."
-    unet, codec, out = unet.to(device).eval(), codec.to(device).eval(), []
+    unet, codec, out = model.unet.to(device).eval(), codec.to(device).eval(), []
     for first in range(0, len(lr), batch):
         z_l = codec.encode(upsample(lr[first:first + batch], scale).to(device))
         noise = start_noise(z_l.shape[1:], seed, range(first, first + len(z_l))).to(device)
-        out.append(codec.decode(ddim_sample(unet, schedule, start_latent(z_l, noise, schedule, start), steps, z_l)).cpu())
+        z_0 = ddim_sample(unet, model.schedule, start_latent(model, z_l, noise, start), steps, z_l)
+        out.append(codec.decode(model.latent(z_0, z_l)).cpu())
     return torch.cat(out)
 
 # %% ../nbs/04_adapt.ipynb #bdf38bac
 def heldout_pairs(p: Profile) -> tuple[Tensor, Tensor]:  # (n, 3, s*h, s*w), (n, 3, h, w)
     "`p.eval.crops` HR crops of `p.eval.crop` pixels from held-out photographs, and their degraded twins."
     hr = torch.cat([load_photos(p.data).split("val").crops(1, p.eval.crop, step_generator(p.data.seed + 7919, i)) for i in range(p.eval.crops)])
-    return hr, degrade(hr, p.adapt.degradation, p.data.scale, [10**9 + i for i in range(len(hr))])   # 10^9: no training pair has these seeds
+    return hr, degrade(hr, p.eval.degradation, p.data.scale, [10**9 + i for i in range(len(hr))])   # 10^9: no training pair has these seeds
 
-def save_model(folder: Path, unet: nn.Module, schedule: DDPMScheduler) -> Path:
-    "Folder with unet/ (configuration, architecture, safetensors) and scheduler/."
-    save_network(Path(folder)/"unet", unet if isinstance(unet, StagedUNet) else cut(unet))
-    schedule.save_pretrained(Path(folder)/"scheduler")
+def save_model(folder: Path, model: SRModel) -> Path:
+    "Folder with unet/ (configuration, architecture, safetensors), scheduler/ and, for a residual, gain.safetensors."
+    save_network(Path(folder)/"unet", model.unet if isinstance(model.unet, StagedUNet) else cut(model.unet))
+    model.schedule.save_pretrained(Path(folder)/"scheduler")
+    if model.gain is not None: save_weights(Path(folder)/"gain.safetensors", dict(gain=model.gain))
     return Path(folder)
 
-def load_model(folder: Path) -> tuple[nn.Module, DDPMScheduler]:
+def load_model(folder: Path) -> SRModel:
     "Inverse of `save_model`; raises `StoreError` for missing or foreign files."
-    return load_network(Path(folder)/"unet"), DDPMScheduler.from_pretrained(Path(folder)/"scheduler")
+    file = Path(folder)/"gain.safetensors"
+    return SRModel(load_network(Path(folder)/"unet"), DDPMScheduler.from_pretrained(Path(folder)/"scheduler"), read_weights(file)["gain"].float() if file.is_file() else None)
 
-def load_adapted(artifact: Artifact) -> tuple[nn.Module, DDPMScheduler]:
-    "The conditioned multi-step model of stage `adapt`, in evaluation mode, and its schedule."
-    return load_model(artifact.path)
+def load_adapted(artifact: Artifact, variant: str = "ours") -> SRModel:
+    "A multi-step model that stage `adapt` left, in evaluation mode: variant 'ours' (the residual), 'paper' (the latent) or 'teacher' (ours, with the uncut UNet)."
+    if variant not in ADAPTED: raise StoreError(f"variant {variant!r}: choose one of {', '.join(ADAPTED)}")
+    return load_model(artifact.path/variant)
+
+ADAPTED = dict(ours="residual", paper="latent", teacher="residual")  # variant -> what it diffuses
 
 def load_pool(artifact: Artifact) -> PairPool:
     "The training pairs of stage `adapt`."
@@ -199,35 +235,39 @@ def score(sr: Tensor, hr: Tensor, scale: int, names: tuple[str, ...] = ("psnry",
     "Means with bootstrap intervals over images, or the reason why a metric is missing."
     return {k: summary(v) for k, v in measure(names, sr, hr, border=scale).items()}
 
-def evaluate_steps(unet, schedule, codec: LatentCodec, p: Profile) -> tuple[list[dict], dict[str, Tensor]]:
-    "Rows for bicubic and each number of DDIM steps from both starts; images (4, 3, h, w) of the first four crops by row."
-    (hr, lr), scale, rows = heldout_pairs(p), p.data.scale, []
+def evaluate_steps(models: dict[str, SRModel], codec: LatentCodec, p: Profile) -> tuple[list[dict], dict[str, Tensor]]:
+    "Rows for bicubic and, per model, each number of DDIM steps from both starts; images (4, 3, h, w) of the first four crops by row."
+    (hr, lr), scale = heldout_pairs(p), p.data.scale
     images = dict(LR=lr[:4], bicubic=upsample(lr[:4], scale))
-    rows.append(dict(method="bicubic", steps=0, start="", seconds=None, **score(upsample(lr, scale), hr, scale)))
-    for start in ("noise", "matched"):
-        for steps in p.adapt.sample_steps:
-            t = time.perf_counter()
-            sr = sample_sr(unet, schedule, codec, lr, steps, scale, p.seed, start, device=pick_device(p.device))
-            seconds = (time.perf_counter() - t)/len(lr)
-            rows.append(dict(method="adapted", steps=steps, start=start, seconds=seconds, **score(sr, hr, scale)))
-            if start == "noise": images[f"{steps} step{'s'*(steps > 1)}"] = sr[:4]
+    rows = [dict(model="bicubic", steps=0, start="", seconds=None, **score(upsample(lr, scale), hr, scale))]
+    for name, model in models.items():
+        for start in ("noise", "matched"):
+            for steps in p.adapt.sample_steps:
+                t = time.perf_counter()
+                sr = sample_sr(model, codec, lr, steps, scale, p.seed, start, device=pick_device(p.device))
+                seconds = (time.perf_counter() - t)/len(lr)
+                rows.append(dict(model=name, steps=steps, start=start, seconds=seconds, **score(sr, hr, scale)))
+                if start == "noise": images[f"{name}, {steps} step{'s'*(steps > 1)}"] = sr[:4]
     return rows, images | dict(HR=hr[:4])
 
 # %% ../nbs/04_adapt.ipynb #72a826f2
-@stage("adapt", upstream=("teacher", "compact"), config=lambda p: (p.adapt, p.eval.crops, p.eval.crop))
+@stage("adapt", upstream=("teacher", "compact"), config=lambda p: (p.adapt, p.eval))
 def run_adapt(run: Run) -> dict:
-    "Train the compact backbone for super-resolution (algorithm S3); quality on held-out crops by number of steps."
-    p, cfg, codec = run.profile, run.profile.adapt, load_teacher(run.up["teacher"]).codec
-    compact, schedule = load_compact(run.up["compact"])
+    "Train for super-resolution (algorithm S3): the compact backbone on the residual (ours) and on the latent (paper), the uncut teacher on the residual; quality on held-out crops by number of steps."
+    p, cfg, source = run.profile, run.profile.adapt, load_teacher(run.up["teacher"])
+    codec, (compact, schedule) = source.codec, load_compact(run.up["compact"])
     t = time.perf_counter()
     pool = make_pairs(run.scratch/"pool", codec, load_photos(p.data).split("train"), cfg.pool, cfg.degradation, p.data.patch, p.data.scale, p.seed + 1, str(pick_device(p.device)))
-    pairs_s, t = time.perf_counter() - t, time.perf_counter()
-    run.log(f"{len(pool)} pairs in {pairs_s:.0f} s; {cfg.steps} steps")
-    unet = condition(compact, codec.channels)
-    curve = adapt(unet, schedule, pool, cfg, run.scratch/"fit", p.seed, p.device, p.mixed_precision, run.log)
-    train_s = time.perf_counter() - t
-    rows, images = evaluate_steps(unet, schedule, codec, p)
-    save_model(run.dir, unet, schedule)
+    pairs_s, models, curves, seconds = time.perf_counter() - t, {}, {}, {}
+    run.log(f"{len(pool)} pairs in {pairs_s:.0f} s; {cfg.steps} steps each")
+    for name, target in ADAPTED.items():
+        t, backbone = time.perf_counter(), cut(source.unet) if name == "teacher" else compact
+        models[name] = make_model(condition(backbone, codec.channels), schedule, target, pool)
+        run.log(f"{name}: {target}")
+        curves[name] = [h["loss"] for h in adapt(models[name], pool, cfg, run.scratch/name, p.seed, p.device, p.mixed_precision, run.log)]
+        save_model(run.dir/name, models[name])
+        seconds[name] = time.perf_counter() - t
+    rows, images = evaluate_steps(models, codec, p)
     save_weights(run.dir/"images.safetensors", images)
     os.replace(run.scratch/"pool", run.dir/"pool")
-    return dict(rows=rows, loss=[h["loss"] for h in curve], degradation=cfg.degradation, pairs=len(pool), pairs_s=pairs_s, train_s=train_s)
+    return dict(rows=rows, loss=curves, degradation=cfg.degradation, pairs=len(pool), pairs_s=pairs_s, train_s=seconds)

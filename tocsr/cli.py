@@ -20,11 +20,12 @@ from .runtime import ALLOCATOR, gemm_rate, pick_device
 from .store import config_hash, data_hash, file_hash, machine, project_root, runs_dir, write_atomic, write_json
 
 # %% auto #0
-__all__ = ['MAX_BYTES', 'PACKAGES', 'app', 'RunError', 'ChoiceError', 'stage_notebooks', 'repository', 'pick', 'check_parameters',
-           'parse_parameter', 'notebook_json', 'library_hash', 'notebook_keys', 'read_records', 'run_notebook',
-           'Outcome', 'reproduce', 'clock', 'columns', 'summary', 'save_outputs', 'step_flops', 'training_rate',
-           'diagnose', 'describe', 'list_runs', 'collect_times', 'notebooks_table', 'render_page', 'main',
-           'reproduce_command', 'doctor', 'runs', 'fetch_photos', 'readme', 'plan']
+__all__ = ['NO_STAGES', 'MAX_BYTES', 'PACKAGES', 'app', 'RunError', 'ChoiceError', 'stage_notebooks', 'repository', 'pick',
+           'check_parameters', 'parse_parameter', 'notebook_json', 'library_hash', 'notebook_keys', 'read_records',
+           'run_notebook', 'Outcome', 'reproduce', 'clock', 'columns', 'summary', 'save_outputs', 'step_flops',
+           'training_rate', 'diagnose', 'describe', 'list_runs', 'collect_times', 'notebooks_table', 'render_page',
+           'main', 'reproduce_command', 'doctor', 'runs', 'fetch_photos', 'readme', 'plan', 'eval_command',
+           'bench_command', 'upscale', 'info']
 
 # %% ../nbs/tools/14_cli.ipynb #bdd8e3fc
 class RunError(RuntimeError):
@@ -34,9 +35,11 @@ class ChoiceError(ValueError):
     "A name that does not exist; the message lists those that do."
 
 # %% ../nbs/tools/14_cli.ipynb #ce848452
+NO_STAGES = ("08_try_it",)        # numbered for readers, but no part of the paper: nothing depends on their outputs
+
 def stage_notebooks(root: Path) -> list[Path]:
-    "The numbered notebooks of a repository, in order; raises `RunError` when there are none."
-    found = sorted(p for p in (root/"nbs").glob("[0-9][0-9]_*.ipynb"))
+    "The numbered notebooks of a repository that make its results, in order; raises `RunError` when there are none."
+    found = sorted(p for p in (root/"nbs").glob("[0-9][0-9]_*.ipynb") if p.stem not in NO_STAGES)
     if not found: raise RunError(f"no notebooks nbs/01_*.ipynb in {root}")
     return found
 
@@ -458,3 +461,158 @@ def plan(
     rate, source = (training_rate(device=device)/1e12, f"measured here: the nano UNet's training on {device}") if tflops is None else (tflops, "stated")
     made = make_plan(get_profile(profile), gpus, gpu_memory, rate, source, teacher or None)
     typer.echo(plan_json(made) if as_json else f"{plan_heading(made)}\n\n{columns(plan_rows(made))}")
+
+# %% ../nbs/tools/14_cli.ipynb #b80d2c47
+def _columns_of(rows: list[dict]) -> str:
+    "Rows in aligned columns, means with their interval; reasons for missing values below, numbered."
+    from tocsr.plots import markdown_table
+    text, *notes = markdown_table(rows).split("\n\n", 1)
+    cells = [tuple(c.strip() for c in line.strip("|").split(" | ")) for line in text.splitlines() if not line.startswith("|---")]
+    return "\n".join([columns(cells), *(n.strip() for n in notes)])
+
+@app.command("eval")
+def eval_command(
+    dataset: Annotated[str, typer.Option(help="Set5, Set14, BSD100, Urban100, degraded, DIV2K-Val, RealSR or DRealSR.")],
+    root: Annotated[Optional[Path], typer.Option(help="Folder with the set; for degraded the one that fetch-photos filled. Default $TOCSR_DATA.")] = None,
+    model: Annotated[Optional[list[str]], typer.Option(help="bicubic, span, animevideov3, x4plus, ours or the folder of a saved pipeline; may be repeated. Default: all of these names.")] = None,
+    metrics: Annotated[str, typer.Option(help="Names, separated by commas.")] = "psnry,ssim,stlpips,niqe",
+    limit: Annotated[Optional[int], typer.Option(min=1, help="The first N images only.")] = None,
+    threads: Annotated[Optional[int], typer.Option(min=1, help="CPU threads of every competitor.")] = None,
+    dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+    unverified: Annotated[bool, typer.Option("--unverified", help="degraded: accept other pixels than the recipe's.")] = False,
+    download: Annotated[bool, typer.Option("--download", help="Set5 to Urban100: fetch missing images.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result with all values per image as JSON.")] = False,
+):
+    "Measure enlargers on a test set; an interrupted run goes on where it stopped."
+    from tocsr.evaluation import COMPETITORS, DATASETS, eval_set, evaluate, open_model, table
+    from tocsr.metrics import METRICS
+    names = [n.strip() for n in metrics.split(",") if n.strip()]
+    for what, given, valid in (("test set", [dataset], DATASETS), ("metric", names, METRICS)):
+        if bad := [g for g in given if g not in valid]: raise ChoiceError(f"unknown {what} {bad[0]!r}; choose from {', '.join(valid)}")
+    if not names: raise ChoiceError(f"no metric given; choose from {', '.join(METRICS)}")
+    models = [open_model(m) for m in model or [c for c in COMPETITORS if c not in ("paper", "l1")]]  # those two are models of a run, without a name here
+    chosen = eval_set(dataset, root, not unverified, download)
+    result = evaluate(models, chosen.first(limit) if limit else chosen, names, threads, dtype)
+    if as_json: return typer.echo(json.dumps(result, indent=1))
+    p = result["protocol"]
+    typer.echo(f"{result['set']}, {len(result['images'])} images{'' if result['whole'] else ' (a part of the set)'}, {result['degradation']}, x{result['scale']}; {p['threads']} thread(s), {dtype}, {p['machine']['cpu']}\n"
+               f"seconds: median per image, {p['scope']}\n\n{_columns_of(table(result))}")
+
+def _numbers(text: str, what: str) -> list[int]:
+    "Positive whole numbers separated by commas; raises `ChoiceError` for anything else."
+    parts = text.split(",")
+    if not all(p.strip().isdigit() and int(p) for p in parts): raise ChoiceError(f"{what} {text!r}: give whole numbers above 0, separated by commas")
+    return [int(p) for p in parts]
+
+@app.command("bench")
+def bench_command(
+    model: Annotated[Optional[list[str]], typer.Option(help="As in eval; the first one is what ratios refer to.")] = None,
+    sizes: Annotated[str, typer.Option(help="Sides of the LR picture, separated by commas.")] = "128",
+    threads: Annotated[str, typer.Option(help="CPU threads, separated by commas.")] = "1",
+    dtype: Annotated[str, typer.Option(help="fp32, bf16, or both separated by a comma.")] = "fp32",
+    repeats: Annotated[int, typer.Option(min=1, help="Timed calls; the median counts.")] = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+):
+    "Time enlargers side by side on this machine's CPU."
+    from tocsr.evaluation import COMPETITORS, DTYPES, bench
+    kinds = [d.strip() for d in dtype.split(",")]
+    if bad := [d for d in kinds if d not in DTYPES]: raise ChoiceError(f"unknown dtype {bad[0]!r}; choose from {', '.join(DTYPES)}")
+    rows = bench(model or [c for c in COMPETITORS if c not in ("paper", "l1")], _numbers(sizes, "sizes"), _numbers(threads, "threads"), kinds, repeats)
+    if as_json: return typer.echo(json.dumps(dict(machine=machine(), rows=rows), indent=1))
+    typer.echo(f"{machine()['cpu']}; median of {repeats} warm calls in turns, one image per call, LR tensor to SR tensor, autoencoder included, loading and files excluded\n\n{_columns_of(rows)}")
+
+# %% ../nbs/tools/14_cli.ipynb #14b00002
+def _device(name: str) -> torch.device:
+    "The device of that name; raises `ChoiceError` when torch cannot use it here."
+    try: device = pick_device(name); torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as e: raise ChoiceError(f"device {name!r} is not available here ({' '.join(str(e).split())[:120]}); use auto or cpu") from e
+    return device
+
+def _prepare(model: str | None, device: str, scale: float | None, tile: int | None, seed: int, **call) -> tuple:
+    "Pipeline, arguments of its call, and these with the model's hash; raises `ChoiceError` for what the model cannot do."
+    from tocsr.pipeline import MULTIPLE, OVERLAP, TILE, TOCSRPipeline, model_folder
+    where, home = _device(device), model_folder(model)
+    pipe = TOCSRPipeline.from_pretrained(home).to(where)
+    unit, side = MULTIPLE//pipe.scale, TILE if tile is None else tile or None
+    call |= dict(scale=scale or pipe.scale, tile=side, overlap=min(OVERLAP, side//2//unit*unit) if side else OVERLAP)
+    try: pipe.check(**call)
+    except ValueError as e: raise ChoiceError(str(e)) from e
+    call["seed"] = seed
+    return pipe, call, call | dict(model=config_hash([file_hash(f) for f in sorted(home.rglob("*")) if f.suffix in (".json", ".safetensors")]))
+
+def _progress(total: int):
+    "A progress bar with the time left, none where stderr is no terminal; and what moves it to a share of picture i."
+    from tqdm import tqdm
+    bar = tqdm(total=total, file=sys.stderr, disable=None, leave=False, bar_format="{percentage:3.0f}%|{bar}| {n:.1f} of {total} pictures [{elapsed}, {remaining} left]")
+    def tell(i: int, share: float): bar.n = i + share; bar.refresh()
+    return bar, tell
+
+def _say(o, quiet: bool, as_json: bool, bar):
+    "One outcome: as JSON, as a line on stdout, or, if it failed, on stderr."
+    from tocsr.upscale import json_line
+    done = f"{o.result[0]} x {o.result[1]} in {o.seconds:.1f} s" if o.result else "there already"
+    with bar.external_write_mode(file=sys.stderr):
+        if as_json: typer.echo(json_line(o))
+        elif o.status == "failed": typer.echo(f"tocsr: {o.error}", err=True)
+        else: typer.echo(f"{o.output}: {done}" + (f" ({'; '.join(o.notes)})" if o.notes else ""), err=quiet)
+
+def _upscale(jobs: list, pipe, call: dict, quiet: bool, as_json: bool, **how) -> bool:
+    "Enlarge, tell each outcome and the sum of all, also when interrupted; whether none failed."
+    from tocsr.upscale import in_words, summarise, upscale_files
+    start, out, (bar, tell) = time.perf_counter(), [], _progress(len(jobs))
+    upscaler = lambda x, progress: pipe(x, output_type="pt", progress=progress, **call).images[0]
+    try:
+        for o in upscale_files(jobs, upscaler, call["scale"], progress=tell, **how): out.append(o); _say(o, quiet, as_json, bar)
+    finally:
+        bar.close()
+        s = summarise(out, len(jobs), time.perf_counter() - start)
+        typer.echo(json.dumps(dict(summary=s)) if as_json else in_words(s), err=not as_json)
+    return not s["failed"]
+
+# %% ../nbs/tools/14_cli.ipynb #14b00003
+@app.command()
+def upscale(
+    ctx: typer.Context,
+    inputs: Annotated[list[str], typer.Argument(help="Pictures, folders, patterns, or - for standard input.")],
+    out: Annotated[str, typer.Option("--out", "-o", help="A file, a folder, or - for standard output.")],
+    scale: Annotated[Optional[float], typer.Option(help="Enlargement, up to the model's, which is the default.")] = None,
+    tile: Annotated[Optional[int], typer.Option(min=0, help="Side of a tile in input pixels, a multiple of 16; 0: never cut. Smaller ones need less memory.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the noise that a result starts from.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    steps: Annotated[int, typer.Option(help="More than 1 only with a multi-step model.")] = 1,
+    strength: Annotated[float, typer.Option(help="From 0, bicubic, to 1, the model's picture.")] = 1.0,
+    model: Annotated[Optional[str], typer.Option(help="A model folder or a name on the Hugging Face hub; default the shipped weights.")] = None,
+    format: Annotated[Optional[str], typer.Option(help="jpeg, png, webp, tiff or bmp; default the input's.")] = None,
+    quality: Annotated[int, typer.Option(min=1, max=100, help="Of JPEG and WebP.")] = 95,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are in the way.")] = False,
+    max_mpixel: Annotated[float, typer.Option(min=0.001, help="Refuse larger inputs, in million pixels.")] = 40,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a line of JSON per picture and one for all.")] = False,
+):
+    "Enlarge pictures. Exit code 0: all done, 1: some failed, 2: wrong arguments, 130: interrupted."
+    from tocsr import upscale as files
+    if as_json and out == "-": raise ChoiceError("--json and -o - both want standard output")
+    try:
+        jobs = files.plan(inputs, out, format)
+        pipe, call, settings = _prepare(model, device, scale, tile, seed, steps=steps, strength=strength)
+        many, settings["quality"] = out != "-" and jobs[0].target != Path(out), quality
+        if out != "-": files.make_folder(Path(out) if many else Path(out).parent)
+        journal = files.Journal(Path(out)) if many else None
+        done = files.finished(jobs, journal, settings, overwrite)
+    except files.UsageError as e: raise ChoiceError(str(e)) from e
+    well = _upscale(jobs, pipe, call, out == "-", as_json, journal=journal, done=done, settings=settings, max_pixels=int(max_mpixel*10**6), quality=quality, debug=ctx.find_root().params["debug"])
+    if not well: raise typer.Exit(1)
+
+@app.command()
+def info(
+    model: Annotated[Optional[str], typer.Option(help="A model folder or a name on the Hugging Face hub; default the shipped weights.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+):
+    "Describe a model: what it takes and gives, its size and cost, its architecture, where it comes from, its licence."
+    from tocsr.pipeline import TOCSRPipeline, model_folder, model_info
+    home = model_folder(model)
+    i = asdict(model_info(TOCSRPipeline.from_pretrained(home)))
+    if as_json: return typer.echo(json.dumps(dict(folder=str(home), **i), indent=1))
+    rows = [("folder", home), ("enlarges", f"{i['scale']}x and less"), ("tiles", f"{i['tile']} px, overlap {i['overlap']}, multiples of {i['multiple']} (of the input)"), ("steps", i["steps"]),
+            ("backbone", f"{i['architecture']}, {i['backbone_parameters']/1e6:.2f} M parameters"), ("all", f"{i['parameters']/1e6:.2f} M parameters, {i['latent_channels']} latent channels"),
+            ("cost", f"{i['macs_per_pixel']/1e6:.2f} M multiply-accumulates per input pixel"), ("agrees with its input", f"when shrunk {i['coarse']} times"), ("licence", i["licence"])]
+    typer.echo(columns(rows + [(f"  {k}", json.dumps(v, ensure_ascii=False)) for k, v in sorted(i["about"].items())]))

@@ -15,9 +15,9 @@ from scipy.fft import next_fast_len
 from scipy.special import j1
 
 # %% auto #0
-__all__ = ['BAND', 'KERNELS', 'GREY', 'cubic', 'imresize', 'Pass', 'RealESRGAN', 'gaussian_kernel', 'sinc_kernel', 'draw_kernel',
-           'draw_final_sinc', 'blur', 'random_resize', 'interpolate', 'gaussian_noise', 'poisson_noise', 'random_noise',
-           'jpeg', 'realesrgan', 'degrade']
+__all__ = ['BAND', 'KERNELS', 'GREY', 'DEGRADATIONS', 'cubic', 'imresize', 'Pass', 'RealESRGAN', 'gaussian_kernel', 'sinc_kernel',
+           'draw_kernel', 'draw_final_sinc', 'blur', 'random_resize', 'interpolate', 'gaussian_noise', 'poisson_noise',
+           'random_noise', 'jpeg', 'realesrgan', 'degrade']
 
 # %% ../nbs/tools/03_degradations.ipynb #f39da424
 def cubic(x: np.ndarray) -> np.ndarray:
@@ -219,15 +219,18 @@ def _quantise(x: torch.Tensor) -> torch.Tensor:
     return ((x + 1)*127.5).round().clamp(0, 255)/127.5 - 1
 
 # %% ../nbs/tools/03_degradations.ipynb #d374b4ba
+DEGRADATIONS = ("bicubic", "realesrgan", "mixed")
+
 def degrade(
     hr: torch.Tensor,             # (b, 3, h, w) in [-1, 1]
-    kind: str,                    # "bicubic" or "realesrgan"
+    kind: str,                    # of `DEGRADATIONS`; "mixed" is bicubic for every fourth seed, realesrgan for the others
     scale: int = 4,
     seeds: Sequence[int] | None = None,  # one per image; "bicubic" needs none
 ) -> torch.Tensor:                # (b, 3, h/scale, w/scale) in [-1, 1], on the 256 levels of an 8-bit file
     "Low-resolution twins of a batch; raises `ValueError` for an unknown kind, wrong sides or a wrong number of seeds."
     _low_size(hr, scale)
+    if kind not in DEGRADATIONS: raise ValueError(f"unknown degradation {kind!r}; choose one of {', '.join(DEGRADATIONS)}")
     if kind == "bicubic": return _quantise(imresize(hr, 1/scale))
-    if kind != "realesrgan": raise ValueError(f"unknown degradation {kind!r}; choose bicubic or realesrgan")
-    if seeds is None or len(seeds) != len(hr): raise ValueError(f"realesrgan wants one seed per image: {len(hr)}, got {None if seeds is None else len(seeds)}")
-    return torch.stack([realesrgan(x, scale, int(s)) for x, s in zip(hr, seeds)])
+    if seeds is None or len(seeds) != len(hr): raise ValueError(f"{kind} wants one seed per image: {len(hr)}, got {None if seeds is None else len(seeds)}")
+    clean = lambda s: kind == "mixed" and int(s) % 4 == 0
+    return torch.stack([_quantise(imresize(x[None], 1/scale))[0] if clean(s) else realesrgan(x, scale, int(s)) for x, s in zip(hr, seeds)])

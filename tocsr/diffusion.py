@@ -13,8 +13,8 @@ from .profiles import UNetConfig
 
 # %% auto #0
 __all__ = ['unet_config', 'nano_unet', 'null_context', 'noise_schedule', 'signal_noise', 'predict', 'predict_epsilon',
-           'predict_clean', 'diffusion_loss', 'ddim_sample', 'eval_timesteps', 'denoising_errors', 'linear_epsilon',
-           'linear_ratio']
+           'predict_clean', 'uniform_timesteps', 'diffusion_loss', 'ddim_sample', 'eval_timesteps', 'denoising_errors',
+           'linear_epsilon', 'linear_ratio']
 
 # %% ../nbs/tools/05_diffusion.ipynb #d2092370
 def unet_config(cfg: UNetConfig, channels: int) -> dict:
@@ -65,6 +65,11 @@ def predict_epsilon(unet, z_t, t, schedule, cond=None) -> Tensor:
 def predict_clean(unet, z_t, t, schedule, cond=None) -> Tensor:
     "Clean latent estimate (b, c, h, w); arguments as `predict`."
     return predict(unet, z_t, t, schedule, cond)[1]
+
+# %% ../nbs/tools/05_diffusion.ipynb #a4235b00
+def uniform_timesteps(n: int, generator: torch.Generator, schedule: DDPMScheduler) -> Tensor:
+    "Timesteps (n,): uniform each, spread evenly over the schedule together, so that a batch's loss varies less (Kingma et al. 2021, appendix I.1)."
+    return ((torch.rand((), generator=generator) + torch.arange(n)/n) % 1*schedule.config.num_train_timesteps).long()
 
 # %% ../nbs/tools/05_diffusion.ipynb #9f3a92e1
 def diffusion_loss(unet, z0: Tensor, t: Tensor, noise: Tensor, schedule: DDPMScheduler, cond: Tensor | None = None, reduce: bool = True) -> Tensor:

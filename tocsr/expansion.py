@@ -16,16 +16,17 @@ from diffusers import AutoencoderTiny, DDPMScheduler, UNet2DConditionModel
 from .profiles import AutoencoderConfig, DataConfig, Profile, TeacherConfig, UNetConfig
 from .store import Artifact, Run, load_weights, need, read_weights, save_weights, stage, write_json
 from .images import Photos, load_photos
-from .latents import LatentCodec, LinearDenoiser, moments, LowResAutoencoder, fit_pca, load_codec, save_codec, start_from_pca
-from .diffusion import (denoising_errors, diffusion_loss, linear_epsilon, linear_ratio, nano_unet, noise_schedule, predict_epsilon, ddim_sample)
+from .latents import LatentCodec, LinearDenoiser, moments, LowResAutoencoder, fit_pca, load_codec, save_codec, save_module, start_from_pca
+from .diffusion import (denoising_errors, diffusion_loss, linear_epsilon, linear_ratio, nano_unet, noise_schedule, predict_epsilon, ddim_sample, uniform_timesteps)
 from .training import fit, step_generator
 
 # %% auto #0
 __all__ = ['VARIANTS', 'vae_loss', 'pca_teacher', 'make_student', 'train_autoencoder', 'widen_autoencoder', 'fit_bridge',
            'fold_bridge', 'expand_unet', 'LatentBank', 'timestep_weights', 'crop_batches', 'train_unet',
-           'train_jointly', 'shipped', 'autoencoder_teacher', 'round_trip', 'run_autoencoder', 'compare_shapes',
-           'Teacher', 'save_teacher', 'read_teacher', 'load_teacher', 'load_codecs', 'make_base', 'compare_expansions',
-           'joint_phase', 'strongest_linear', 'judge', 'run_teacher', 'shipped_teacher', 'sample_latents']
+           'train_jointly', 'shipped', 'shipped_hash', 'autoencoder_teacher', 'round_trip', 'run_autoencoder',
+           'compare_shapes', 'Teacher', 'save_teacher', 'read_teacher', 'load_teacher', 'load_codecs', 'make_base',
+           'compare_expansions', 'joint_phase', 'strongest_linear', 'judge', 'run_teacher', 'shipped_teacher',
+           'sample_latents']
 
 # %% ../nbs/01_expansion.ipynb #ba61c108
 def vae_loss(
@@ -147,15 +148,12 @@ class LatentBank:
 
     @classmethod
     @torch.no_grad()
-    def encode(cls, codec: LatentCodec, photos: Photos, limit: int = 20_000, device: str = "cpu") -> "LatentBank":
-        "Encode up to `limit` photographs (evenly spaced in the listing) once, in both orientations."
-        from tocsr.images import to_tensor
-        maps, f, stride = [], codec.factor, max(1, math.ceil(len(photos)/limit))
+    def encode(cls, codec: LatentCodec, photos: Photos, limit: int = 20_000, device: str = "cpu", sizes: tuple[float, ...] = (1.0,)) -> "LatentBank":
+        "Encode up to `limit` photographs (evenly spaced in the listing) once, at every relative size, in both orientations."
+        maps, stride = [], max(1, math.ceil(len(photos)/limit))
         codec = codec.to(device)
         for i in range(0, len(photos), stride):
-            x = to_tensor(photos.read(i)[None]).to(device)
-            x = x[..., :x.shape[-2]//f*f, :x.shape[-1]//f*f]
-            maps += [codec.encode(x)[0].cpu(), codec.encode(x.flip(-1))[0].cpu()]
+            for x in _resized(photos.read(i), sizes, codec.factor): maps += [codec.encode(v.to(device))[0].cpu() for v in (x, x.flip(-1))]
         return cls(maps)
 
     def crops(self, n: int, size: int, generator: torch.Generator) -> Tensor:
@@ -165,6 +163,17 @@ class LatentBank:
         picks, u = torch.multinomial(weight, n, replacement=True, generator=generator), torch.rand(n, 2, generator=generator)
         at = lambda side, v: int(v*(side - size + 1))
         return torch.stack([self.maps[i][:, (y := at(self.maps[i].shape[-2], a)):y + size, (w := at(self.maps[i].shape[-1], b)):w + size] for i, (a, b) in zip(picks.tolist(), u.tolist())])
+
+def _resized(photo, sizes: tuple[float, ...], factor: int):
+    "A photograph, uint8 (h, w, 3), at several relative sizes (Lanczos) as (1, 3, h', w') with sides that are multiples of `factor`; sizes below 16 latents are left out."
+    import numpy as np
+    from PIL import Image
+    from tocsr.images import to_tensor
+    for s in sizes:
+        im = Image.fromarray(photo); side = [round(v*s)//factor*factor for v in im.size]
+        if min(side) < 16*factor and s != 1: continue
+        x = photo if s == 1 else np.asarray(im.resize([round(v*s) for v in im.size], Image.Resampling.LANCZOS))
+        yield to_tensor(np.ascontiguousarray(x[:side[1], :side[0]])[None])
 
 # %% ../nbs/01_expansion.ipynb #353f1836
 def timestep_weights(kind: str, schedule: DDPMScheduler, bank: "LatentBank") -> Tensor:
@@ -199,7 +208,7 @@ def train_unet(
     def loss(step, models):
         g, dev = step_generator(seed, step), next(unet.parameters()).device
         z0 = bank.crops(cfg.batch, size, g)
-        t, noise = torch.randint(schedule.config.num_train_timesteps, (len(z0),), generator=g), torch.randn(z0.shape, generator=g)
+        t, noise = uniform_timesteps(len(z0), g, schedule), torch.randn(z0.shape, generator=g)
         error = diffusion_loss(models["unet"], z0.to(dev), t.to(dev), noise.to(dev), schedule, reduce=False)
         return dict(loss=(error*weights[t].to(dev)).mean(), epsilon=error.mean())
     return fit(dict(unet=unet), loss, steps, lr or cfg.lr, scratch, warmup=min(cfg.warmup, steps//4), ema=cfg.ema if steps > 400 else min(cfg.ema, 1 - 5/max(steps, 10)),
@@ -229,13 +238,13 @@ def train_jointly(
 
 # %% ../nbs/01_expansion.ipynb #715e1673
 def shipped(name: str) -> Path:
-    "Folder of the weights that the library ships under `name` ('codec16', 'codec4', 'teacher'); raises `FileNotFoundError` when it ships none."
+    "Folder of the weights that the library ships under `name` ('codec16', 'codec4', 'teacher', 'onestep'); raises `FileNotFoundError` when it ships none."
     path = Path(str(files("tocsr")))/"weights"/name
     if not (path/"config.json").is_file(): raise FileNotFoundError(f"tocsr ships no weights {name!r} ({path}); use profile release, which trains them")
     return path
 
-def _shipped_hash(start: str, *names: str) -> list[str]:
-    "Hashes of the shipped weights that a stage starts from."
+def shipped_hash(start: str, *names: str) -> list[str]:
+    "Hashes of the shipped weights that a stage starts from; none unless `start` is 'shipped'."
     from tocsr.store import file_hash
     return [file_hash(f) for n in names for f in sorted(shipped(n).glob("*.safetensors"))] if start == "shipped" else []
 
@@ -253,7 +262,7 @@ def round_trip(codec: LatentCodec, images: Tensor, metrics=("psnr", "ssim", "fd_
     return summarize(metrics, torch.cat([codec(x).clamp(-1, 1) for x in images.split(8)]), images, border=0)
 
 # %% ../nbs/01_expansion.ipynb #52643752
-@stage("autoencoder", config=lambda p: (p.autoencoder, _shipped_hash(p.autoencoder.start, "codec16", "codec4")))
+@stage("autoencoder", config=lambda p: (p.autoencoder, shipped_hash(p.autoencoder.start, "codec16", "codec4")))
 def run_autoencoder(run: Run) -> dict:
     "Autoencoders of 4 and 16 channels, their PCA floors, and the training shown in the notebook; table S5's numbers."
     p, cfg = run.profile, run.profile.autoencoder
@@ -298,8 +307,8 @@ class Teacher:
 
 def save_teacher(teacher: Teacher, folder: Path, dtype: torch.dtype | None = None) -> Path:
     "A diffusers layout: unet/, scheduler/, vae/."
-    for part, name in ((deepcopy(teacher.unet), "unet"), (teacher.schedule, "scheduler"), (deepcopy(teacher.codec.model), "vae")):
-        (part.to(dtype) if dtype and name != "scheduler" else part).save_pretrained(folder/name)
+    for part, name in ((deepcopy(teacher.unet), "unet"), (deepcopy(teacher.codec.model), "vae")): save_module(part.to(dtype) if dtype else part, folder/name)
+    teacher.schedule.save_pretrained(folder/"scheduler")
     return folder
 
 def read_teacher(folder: str | Path) -> Teacher:
@@ -366,13 +375,13 @@ def judge(unet, schedule, linear: LinearDenoiser, held: Tensor, cfg: TeacherConf
     return linear_ratio(net, lin) | dict(error=net.mean(1).tolist(), linear_error=lin.mean(1).tolist())
 
 # %% ../nbs/01_expansion.ipynb #6ff8d534
-@stage("teacher", upstream=("autoencoder",), config=lambda p: (p.teacher, p.unet, p.autoencoder, _shipped_hash(p.teacher.start, "teacher/unet", "teacher/vae")))
+@stage("teacher", upstream=("autoencoder",), config=lambda p: (p.teacher, p.unet, p.autoencoder, shipped_hash(p.teacher.start, "teacher/unet", "teacher/vae")))
 def run_teacher(run: Run) -> dict:
     "Base in 4 channels, expansion to 16 (table S4), joint fine-tuning, further training; judged against the linear denoiser."
     p, cfg, size = run.profile, run.profile.teacher, run.profile.data.patch//8
     photos = load_photos(p.data); train, val = photos.split("train"), photos.split("val")
     old, new = load_codecs(run.up["autoencoder"], p)
-    banks = dict(old=LatentBank.encode(old, train), new=LatentBank.encode(new, train))
+    banks = {k: LatentBank.encode(c, train, sizes=cfg.sizes) for k, c in dict(old=old, new=new).items()}
     held = LatentBank.encode(new, val).crops(cfg.eval_samples, size, torch.Generator().manual_seed(5))
     base, schedule = make_base(p)
     run.log("base UNet in the old latents")
@@ -392,7 +401,7 @@ def run_teacher(run: Run) -> dict:
 def _finish(run: Run, teacher: Teacher, train: Photos, val: Photos):
     "Further steps of the expanded UNet on its own, now fixed, latents; fit the linear denoiser on the same."
     p, cfg, size = run.profile, run.profile.teacher, run.profile.data.patch//8
-    bank, held = LatentBank.encode(teacher.codec, train), LatentBank.encode(teacher.codec, val).crops(cfg.eval_samples, size, torch.Generator().manual_seed(5))
+    bank, held = LatentBank.encode(teacher.codec, train, sizes=cfg.sizes), LatentBank.encode(teacher.codec, val).crops(cfg.eval_samples, size, torch.Generator().manual_seed(5))
     curve = []
     if cfg.start == "scratch" and cfg.steps:
         curve = [h["epsilon"] for h in train_unet(teacher.unet, bank, teacher.schedule, cfg.steps, cfg, run.scratch/"teacher", size, p.seed + 1, log=run.log, device=p.device, mixed_precision=p.mixed_precision)]

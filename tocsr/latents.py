@@ -16,8 +16,8 @@ from diffusers.models.autoencoders.vae import DecoderOutput
 import tocsr.runtime  # tunes the allocator before the first large tensor
 
 # %% auto #0
-__all__ = ['PatchPCA', 'fit_pca', 'ResidualBlock', 'LowResAutoencoder', 'start_from_pca', 'LatentCodec', 'save_codec',
-           'load_codec', 'moments', 'translation_average', 'LinearDenoiser']
+__all__ = ['PatchPCA', 'fit_pca', 'ResidualBlock', 'LowResAutoencoder', 'start_from_pca', 'LatentCodec', 'save_module',
+           'save_codec', 'load_codec', 'moments', 'translation_average', 'LinearDenoiser']
 
 # %% ../nbs/tools/04_latents.ipynb #02711887
 class PatchPCA(ModelMixin, ConfigMixin):
@@ -128,10 +128,16 @@ class LatentCodec(nn.Module):
 # %% ../nbs/tools/04_latents.ipynb #d192f95b
 _CLASSES = dict(PatchPCA=PatchPCA, LowResAutoencoder=LowResAutoencoder, AutoencoderKL=AutoencoderKL, AutoencoderTiny=AutoencoderTiny)
 
+def save_module(model: ModelMixin, folder: str | Path) -> Path:
+    "Write a diffusers folder (config.json, safetensors) that does not tell from which folder the model was once read."
+    model.save_pretrained(folder, safe_serialization=True)
+    config = Path(folder)/"config.json"
+    config.write_text(json.dumps({k: v for k, v in json.loads(config.read_text()).items() if k != "_name_or_path"}, indent=2, sort_keys=True) + "\n")
+    return Path(folder)
+
 def save_codec(codec: LatentCodec, folder: str | Path) -> Path:
     "Write a diffusers folder (config.json, safetensors)."
-    codec.model.save_pretrained(folder, safe_serialization=True)
-    return Path(folder)
+    return save_module(codec.model, folder)
 
 def load_codec(source: str | Path, **kwargs) -> LatentCodec:
     "A codec from a diffusers folder or hub name; `kwargs` go to `from_pretrained` (e.g. `subfolder='vae'`)."

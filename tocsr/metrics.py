@@ -19,7 +19,7 @@ from .store import file_hash
 
 # %% auto #0
 __all__ = ['METRICS', 'GABOR_WAVELENGTH', 'GABOR_ANGLES', 'GABOR_OCTAVES', 'Metric', 'MetricError', 'WeightsError', 'metric',
-           'lower_better', 'available', 'to_unit', 'frechet', 'lite0_features', 'gabor_bank', 'gabor_features',
+           'lower_better', 'available', 'to_unit', 'frechet', 'lite0', 'lite0_features', 'gabor_bank', 'gabor_features',
            'inception_features', 'measure', 'summary', 'summarize', 'record']
 
 # %% ../nbs/tools/08_metrics.ipynb #cd619276
@@ -72,6 +72,15 @@ def lower_better(name: str) -> bool:
     return metric(name).lower_better
 
 # %% ../nbs/tools/08_metrics.ipynb #5fef621d
+_SHIPPED = {f"pyiqa/{n}_shift_tolerant.pth": f"stlpips_pytorch/weights/vST0.0/{n}_shift_tolerant.pth" for n in ("alex", "vgg")}  # also inside a wheel
+
+def _in_package(path: str) -> Path | None:
+    "A file inside an installed package, which is not imported."
+    name, inside = path.split("/", 1)
+    found = importlib.util.find_spec(name)
+    file = Path(found.origin).parent/inside if found and found.origin else None
+    return file if file and file.is_file() else None
+
 def _weights_path(spec: str) -> Path | None:
     "Where the weights `spec` of a metric are; None when they are not on this machine."
     kind, name = spec.split("/", 1)
@@ -85,7 +94,7 @@ def _weights_path(spec: str) -> Path | None:
         hit = try_to_load_from_cache(timm.get_pretrained_cfg(name).hf_hub_id, "model.safetensors")
         return Path(hit) if isinstance(hit, str) else None
     path = Path(torch.hub.get_dir())/kind/name
-    return path if path.is_file() else None
+    return path if path.is_file() else _in_package(_SHIPPED[spec]) if spec in _SHIPPED else None
 
 def _missing(m: Metric) -> str | None:
     "Why `m` cannot run, naming the first file it lacks; None when all are there or may be fetched."
@@ -94,7 +103,7 @@ def _missing(m: Metric) -> str | None:
         if spec.startswith("package/"): return f"package {spec[8:].replace('_', '-')} is not installed (pip install tocsr[metrics])"
         if os.environ.get("TOCSR_DOWNLOAD") == "1": continue
         where = "the Hugging Face cache lacks the trunk " + spec[5:] if spec.startswith("timm/") else f"no file $TORCH_HOME/hub/{spec}"
-        return f"{where}; TOCSR_DOWNLOAD=1 fetches it"
+        return f"{where}; TOCSR_DOWNLOAD=1 fetches it" + (", pip install tocsr[metrics] brings it" if spec in _SHIPPED else "")
     return None
 
 def available(
@@ -137,6 +146,7 @@ def _pyiqa(name: str, border: int, device: str, hub: str) -> torch.nn.Module:
     download_util.DEFAULT_CACHE_DIR = os.path.join(hub, "pyiqa")  # pyiqa fixes it at its import
     m = metric(name)
     options = dict(m.options, **(dict(crop_border=border) if m.border else {}))
+    if m.weights and m.weights[0] in _SHIPPED and (path := _weights_path(m.weights[0])): options["pretrained_model_path"] = str(path)
     with _readable(name), _weights_only(): return pyiqa.create_metric(name, device=device, **options)
 
 def _per_image(m: Metric, sr: list[torch.Tensor], hr: list[torch.Tensor], border: int) -> list[float]:
@@ -164,7 +174,7 @@ def frechet(
 
 # %% ../nbs/tools/08_metrics.ipynb #be2daca5
 @lru_cache(maxsize=None)
-def _lite0(device: str) -> torch.nn.Module:
+def lite0(device: str) -> torch.nn.Module:
     "EfficientNet-lite0; the file's tensors come in timm's order under other names."
     import timm
     net = timm.create_model("tf_efficientnet_lite0", pretrained=False)
@@ -178,7 +188,7 @@ def lite0_features(
     images: Sequence[torch.Tensor],  # (3, h, w) in [0, 1]
 ) -> np.ndarray:                  # (cells, 40)
     "EfficientNet-lite0 features of all 8x8 cells of all images."
-    net = _lite0(str(images[0].device))
+    net = lite0(str(images[0].device))
     maps = [net.forward_intermediates((x[None] - 0.5)/0.5, indices=[2], intermediates_only=True)[0][0] for x in images]
     return torch.cat([m.flatten(1).T for m in maps]).double().cpu().numpy()
 

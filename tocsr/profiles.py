@@ -64,6 +64,7 @@ class TeacherConfig:
     lr: float = 5e-4
     warmup: int = 50
     ema: float = 0.999
+    sizes: tuple[float, ...] = (1.0,)  # photographs are encoded at these relative sizes: a smaller one shows more of the scene per crop (ours)
     lam_vae: float = 1.0          # weight of L_VAE in the joint phase (ours)
     eval_levels: int = 10         # noise levels: midpoints of equal slices of the schedule
     eval_samples: int = 128       # held-out latent crops
@@ -91,6 +92,15 @@ class SearchConfig:
     fidelity_batch: int = 32
     target_ratio: float = 6.6     # parameter budget: teacher / 6.6
     eps_unit: str = "paper vector"  # what one eps is: the f_acc of the paper's own vector, or "absolute"
+    truth: tuple[str, ...] = ("E1: RA RR R", "E2: RA RR R", "E3: RA RR R", "deepest: R/2-R/2-R/2 none", "D3: RAA RA R", "D2: RAA RA R", "D1: RAA RA R")  # subspace whose every f_acc is measured
+    truth_latents: int = 60       # of that measurement, common to all architectures; a multiple of the ten noise levels is best
+    truth_swap_latents: int = 128 # other latents, on which its single swaps are measured
+    truth_table: str = "shipped"  # which table the comparison searches: "shipped" (where there is one) or "measured" (stage truth of this profile)
+    compare_eps: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5)  # the paper's number of eps, in units of `eps_unit`
+    compare_iterations: int = 40  # evaluations per eps (paper: 40)
+    compare_front: int = 80       # evaluations of methods that serve the whole grid in one run
+    compare_seeds: int = 20       # of every method but the paper's and TPE, which fit a model at every step
+    compare_seeds_slow: int = 5   # of those two (release: as many as of the others)
 
 @dataclass(frozen=True)
 class CompactConfig:
@@ -104,8 +114,8 @@ class CompactConfig:
 @dataclass(frozen=True)
 class AdaptConfig:
     "Conditional diffusion training for super-resolution (algorithm S3)."
-    degradation: str = "realesrgan"   # or "bicubic"
-    pool: int = 384               # training pairs, cropped, degraded and encoded once
+    degradation: str = "realesrgan"   # or "bicubic", or "mixed"
+    pool: int = 768               # training pairs, cropped, degraded and encoded once
     steps: int = 400
     batch: int = 16
     lr: float = 1e-3
@@ -115,14 +125,20 @@ class AdaptConfig:
 @dataclass(frozen=True)
 class OneStepConfig:
     "One-step distillation (algorithm S4)."
-    steps: int = 120              # of each student, and of the regression network
+    steps: int = 250              # of each student, and of the regression network
     batch: int = 16
     lr: float = 5e-4
     teacher_steps: int = 10       # DDIM steps of the multi-step teacher's endpoint
-    endpoints: int = 256          # pairs of the pool whose endpoint is computed and cached
+    endpoints: int = 768          # pairs of the pool whose endpoint is computed and cached
     distill: float = 0.1          # weight of L_distill in our variant (the paper's: L_distill alone)
     pixel: float = 1.0            # weight of the L1 distance to the HR image
     gradient: float = 1.0         # weight of the multi-scale gradient distance to the HR image
+    feature: float = 0.1          # weight of the distance between ImageNet features
+    adversarial: float = 0.01     # weight of the critic's opinion
+    decoder: bool = True          # the decoder is trained along
+    ablation: tuple[str, ...] = ("pixels", "features")  # parts of our loss that are trained beside it: pixels, decoder, features
+    ema: float = 0.99
+    shipped: bool = True          # the weights that ship stand beside what is trained here
     baseline_lr: float = 5e-4     # of the equal-cost L1 regression network
 
 @dataclass(frozen=True)
@@ -153,6 +169,7 @@ class StudyConfig:
 @dataclass(frozen=True)
 class EvalConfig:
     "Super-resolution evaluation."
+    degradation: str = "realesrgan"   # of the evaluation crops; training may mix
     crops: int = 16               # held-out degraded crops
     crop: int = 256               # HR side in pixels (paper: 512)
     metrics: tuple[str, ...] = ("psnry", "ssim", "niqe", "lpips", "stlpips")
@@ -189,7 +206,9 @@ def _smoke() -> Profile:
         autoencoder=AutoencoderConfig(steps=6, batch=4, pca_patches=6_000, eval_images=3, compare_steps=3),
         teacher=TeacherConfig(base_steps=4, expand_steps=3, joint_steps=2, batch=4, warmup=2, eval_samples=16, linear_crops=1_000),
         surrogates=SurrogateConfig(steps=3, batch=4, eval_batches=1),
-        search=SearchConfig(eps=(0.5, 1.0), iterations=4, initial=2, seeds=1, fidelity_samples=16, fidelity_batch=16),
+        search=SearchConfig(eps=(0.5, 1.0), iterations=4, initial=2, seeds=1, fidelity_samples=16, fidelity_batch=16,
+                            truth=("E1: R", "E2: R", "E3: R", "deepest: none", "D3: R", "D2: RA", "D1: RAA"), truth_latents=20, truth_swap_latents=20, truth_table="measured",
+                            compare_eps=(0.5, 1.0), compare_iterations=8, compare_front=12, compare_seeds=2, compare_seeds_slow=1),
         compact=CompactConfig(steps=3, batch=4),
         adapt=AdaptConfig(pool=12, steps=3, batch=4, sample_steps=(1, 2)),
         onestep=OneStepConfig(steps=3, batch=4, teacher_steps=2, endpoints=8),
@@ -202,12 +221,13 @@ def _release() -> Profile:
         "release",
         autoencoder=AutoencoderConfig(start="scratch", steps=12_000, pca_patches=400_000, eval_images=40),
         teacher=TeacherConfig(start="scratch", base_steps=6_000, expand_steps=1_000, joint_steps=500, steps=40_000, warmup=500,
-                              ema=0.9995, eval_samples=1024, linear_crops=60_000),
+                              ema=0.9995, sizes=(1.0, 0.5), eval_samples=1024, linear_crops=60_000),
         surrogates=SurrogateConfig(steps=3_000, batch=32, eval_batches=16),
-        search=SearchConfig(eps=(0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5), iterations=40, seeds=20, fidelity_samples=512),
+        search=SearchConfig(eps=(0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5), iterations=40, seeds=20, fidelity_samples=512,
+                            truth_latents=250, truth_table="measured", compare_seeds_slow=20),
         compact=CompactConfig(steps=20_000, ema=0.9995),
-        adapt=AdaptConfig(pool=16_384, lr=5e-4, steps=20_000, batch=32, ema=0.9995, sample_steps=(1, 2, 4, 10, 50)),
-        onestep=OneStepConfig(lr=3e-4, steps=10_000, batch=32, teacher_steps=50, endpoints=16_384),
+        adapt=AdaptConfig(degradation="mixed", pool=16_384, lr=5e-4, steps=20_000, batch=32, ema=0.9995, sample_steps=(1, 2, 4, 10, 50)),
+        onestep=OneStepConfig(shipped=False, lr=3e-4, steps=10_000, batch=32, ema=0.999, ablation=("pixels", "decoder", "features"), teacher_steps=50, endpoints=16_384),
         ablation=AblationConfig(pool=8_192, steps=5_000, batch=32),
         study=StudyConfig(steps=20_000, ema=0.9995, seeds=3, samples=512, sample_steps=50, rank_architectures=24, rank_steps=1_000, rank_batch=32, rank_latents=512),
         eval=EvalConfig(crops=100, crop=512, metrics=("psnry", "ssim", "niqe", "lpips", "stlpips", "dists", "musiq", "fid")))
@@ -216,11 +236,11 @@ def _gpu() -> Profile:
     return replace(_release(), name="gpu", mixed_precision="bf16",
         autoencoder=AutoencoderConfig(start="scratch", steps=4_000, batch=64, pca_patches=400_000, eval_images=40),
         teacher=TeacherConfig(start="scratch", base_steps=4_000, expand_steps=500, joint_steps=300, steps=8_000, batch=128, lr=1e-3,
-                              warmup=300, ema=0.999, eval_samples=1024, linear_crops=60_000),
+                              warmup=300, ema=0.999, sizes=(1.0, 0.5), eval_samples=1024, linear_crops=60_000),
         surrogates=SurrogateConfig(steps=1_000, batch=64, eval_batches=8),
         compact=CompactConfig(steps=4_000, batch=128, ema=0.999),
-        adapt=AdaptConfig(pool=8_192, steps=4_000, batch=64, ema=0.999, sample_steps=(1, 2, 4, 10, 50)),
-        onestep=OneStepConfig(steps=2_000, batch=64, teacher_steps=20, endpoints=8_192),
+        adapt=AdaptConfig(degradation="mixed", pool=8_192, steps=4_000, batch=64, ema=0.999, sample_steps=(1, 2, 4, 10, 50)),
+        onestep=OneStepConfig(shipped=False, steps=2_000, batch=64, ema=0.995, ablation=("pixels", "decoder", "features"), teacher_steps=20, endpoints=8_192),
         ablation=AblationConfig(pool=4_096, steps=800, batch=64),
         study=StudyConfig(steps=4_000, batch=128, ema=0.999, seeds=3, samples=512, sample_steps=50, rank_architectures=24, rank_steps=500, rank_batch=64, rank_latents=512))
 
@@ -236,7 +256,7 @@ def _paper() -> Profile:
         search=SearchConfig(eps=(0.001, 0.002, 0.003, 0.004, 0.005, 0.006, 0.007, 0.008), eps_unit="absolute", iterations=40, seeds=1, fidelity_samples=512, fidelity_batch=16),
         compact=CompactConfig(steps=100_000, batch=64, lr=1e-5, ema=0.9999),
         adapt=AdaptConfig(pool=32_768, steps=100_000, batch=64, lr=5e-5, ema=0.9999, sample_steps=(1, 2, 4, 10, 50)),
-        onestep=OneStepConfig(steps=50_000, batch=32, lr=1e-5, teacher_steps=50, endpoints=32_768),
+        onestep=OneStepConfig(shipped=False, steps=50_000, batch=32, lr=1e-5, teacher_steps=50, endpoints=32_768),
         ablation=AblationConfig(pool=32_768, steps=50_000, batch=32, lr=1e-4),
         study=StudyConfig(steps=100_000, batch=64, lr=1e-5, ema=0.9999, samples=1_024, sample_steps=50, rank_steps=2_000, rank_batch=64, rank_latents=512),
         eval=EvalConfig(crops=3_000, crop=512, metrics=("psnry", "ssim", "lpips", "dists", "niqe", "musiq", "maniqa", "clipiqa", "fid")))

@@ -4,9 +4,10 @@
 
 # %% ../nbs/03_search.ipynb #55b177e6
 from __future__ import annotations
-import copy, csv, json, os, time, warnings
-from dataclasses import dataclass, asdict
+import copy, csv, json, math, os, time, warnings
+from dataclasses import dataclass, asdict, replace
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Callable, Sequence
 import numpy as np
@@ -19,23 +20,27 @@ from .diffusion import denoising_errors, diffusion_loss, noise_schedule, null_co
 from .images import load_photos
 from .profiles import CompactConfig, SearchConfig
 from .runtime import pick_device
-from .store import Artifact, Run, StoreError, config_hash, read_weights, stage, write_json
+from .store import Artifact, Run, StoreError, config_hash, file_hash, need, read_weights, stage, stage_key, write_json
 from .surrogates import (OUR_PAPER_ARCHITECTURE, PAPER_ARCHITECTURE, REMOVED, Architecture, Fidelity, Library, StagedUNet,
-                              architecture_params, assemble, calibration, cut, deepest, load_library, load_network, options, save_network)
+                              architecture_params, assemble, cut, deepest, load_library, load_network, options, save_network)
 from .training import fit, step_generator
+from .truth import TruthTable, load_parts, load_truth, pareto, shipped_truth, swap_vectors
 
 # %% auto #0
-__all__ = ['INTERACTION', 'ENUMERATE', 'AMPLITUDES', 'LOG_SD', 'METHODS', 'METHOD_COLORS', 'LIVE', 'VARIANTS', 'SearchError',
-           'SearchSpace', 'enumerate_space', 'random_vectors', 'neighbours', 'cost_table', 'pick', 'Costs',
-           'Evaluation', 'Journal', 'Problem', 'Tape', 'check_grid', 'Answer', 'answer', 'truth_front', 'best_so_far',
-           'evaluations_to', 'synthetic_problem', 'measure_all', 'propose', 'step_rng', 'random_unseen', 'one_hot',
-           'gaussian_processes', 'constrained_ei', 'paper_search', 'random_search', 'greedy_search',
-           'integer_programme', 'fit_additive', 'additive_search', 'StructuredGP', 'negative_log_posterior',
-           'fit_amplitudes', 'knapsack', 'structured_step', 'structured_search', 'run_method', 'regret_curve',
-           'synthetic_comparison', 'comparison_rows', 'plot_regret', 'surrogate_space', 'as_architecture', 'as_vector',
-           'fidelity_problem', 'front_rows', 'choose', 'load_problem', 'grid_unit', 'run_search', 'load_evaluations',
-           'table_s6', 'plot_front', 'tune', 'kept_advantage', 'held_out_report', 'run_compact', 'load_compact',
-           'plot_compact']
+__all__ = ['ENUMERATE', 'INTERACTION', 'EXTRAS', 'AMPLITUDES', 'LOG_SD', 'METHODS', 'PER_EPS', 'METHOD_COLORS', 'LIVE', 'SHARING',
+           'SLOW', 'VARIANTS', 'SearchError', 'SearchSpace', 'enumerate_space', 'random_vectors', 'neighbours',
+           'cost_table', 'pick', 'Costs', 'Evaluation', 'Journal', 'Limit', 'Problem', 'Tape', 'check_grid', 'Answer',
+           'answer', 'with_costs', 'truth_front', 'best_so_far', 'evaluations_to', 'synthetic_problem', 'measure_all',
+           'propose', 'unseen_rows', 'step_rng', 'random_unseen', 'one_hot', 'fit_botorch', 'gaussian_processes',
+           'posterior', 'constrained_ei', 'paper_search', 'random_search', 'greedy_search', 'integer_programme',
+           'cheapest', 'fit_additive', 'additive_search', 'cross_score', 'cross_search', 'absent', 'nsga2_search',
+           'tpe_search', 'StructuredGP', 'negative_log_posterior', 'fit_amplitudes', 'knapsack', 'structured_step',
+           'structured_search', 'run_method', 'searches', 'regret_curve', 'synthetic_comparison', 'comparison_rows',
+           'plot_regret', 'surrogate_space', 'as_architecture', 'as_vector', 'fidelity_problem', 'front_rows', 'choose',
+           'load_problem', 'grid_unit', 'run_search', 'load_evaluations', 'table_s6', 'plot_front', 'table_problem',
+           'comparison_table', 'front_curves', 'hypervolume', 'run_until', 'compare_seed', 'run_compare', 'quartiles',
+           'summary', 'step_seconds', 'front_evaluations', 'search_claims', 'plot_fronts', 'tune', 'kept_advantage',
+           'held_out_report', 'run_compact', 'load_compact', 'plot_compact']
 
 # %% ../nbs/03_search.ipynb #081e84a3
 class SearchError(ValueError):
@@ -153,6 +158,13 @@ class Journal:
 
 # %% ../nbs/03_search.ipynb #6ccc10a9
 @dataclass(frozen=True)
+class Limit:
+    "An exact constraint: a quantity may be `most` at most."
+    name: str
+    costs: Costs
+    most: float
+
+@dataclass(frozen=True)
 class Problem:
     "`min cost(a) s.t. gap(a) <= eps` with a free guess of the gap."
     space: SearchSpace
@@ -160,6 +172,8 @@ class Problem:
     proxy: np.ndarray             # (stages, options) error of the single swap, in units of gap; padded cells are ignored
     ceiling: float = float("inf") # where the gap saturates
     many: Callable[[np.ndarray], np.ndarray] | None = None  # gaps of many vectors (n, stages) at once, where that is cheaper
+    products: np.ndarray | None = None  # (stages, options, stages, options) inner products of the single swaps' error vectors; the diagonal is the proxy
+    limits: tuple[Limit, ...] = ()
 
     @cached_property
     def costs(self) -> Costs:
@@ -173,28 +187,39 @@ class Problem:
         "The scale on which swap errors add."
         if np.isinf(self.ceiling): return np.asarray(gap, dtype=float)
         return -self.ceiling*np.log1p(-np.minimum(np.asarray(gap, dtype=float)/self.ceiling, 1 - 1e-9))
+    def allowed(self, X) -> np.ndarray:  # (n, stages) -> (n,), bool
+        "Which architectures keep all limits."
+        X = np.atleast_2d(np.asarray(X))
+        return np.all([np.ones(len(X), dtype=bool), *(l.costs(X) <= l.most*(1 + 1e-9) for l in self.limits)], axis=0)
+    @cached_property
+    def everything(self) -> np.ndarray | None:  # (n, stages)
+        "All allowed architectures of a space small enough to be listed (`ENUMERATE`), else None."
+        return (X := enumerate_space(self.space))[self.allowed(X)] if self.space.size <= ENUMERATE else None
 
+ENUMERATE = 2**15                 # larger spaces are climbed, not listed
+
+# %% ../nbs/03_search.ipynb #947fba6b
 class Tape:
     "The evaluations charged to one run of one method; begins with what the journal holds of it."
     def __init__(self, problem: Problem, journal: Journal | None, method: str, seed: int, run: str = "all"):
         self.problem, self.journal, self.who = problem, journal if journal is not None else Journal(), (method, seed, run)
         self.done = [e for e in self.journal.lines if (e.method, e.seed, e.run) == self.who]
+        self.by_arch = {e.arch: e for e in self.done}
 
     def __len__(self): return len(self.done)
     @property
-    def seen(self) -> set:
+    def seen(self):
         "Vectors that are paid for."
-        return {e.arch for e in self.done}
+        return self.by_arch.keys()
     def measure(self, a) -> Evaluation:
         "Evaluate `a`; free if this run already has it."
         a = tuple(int(i) for i in a)
-        for e in self.done:
-            if e.arch == a: return e
+        if a in self.by_arch: return self.by_arch[a]
         start = time.perf_counter()
         gap, error = self.journal.known.get(a) or _attempt(self.problem.gap, a)
         spent = 0.0 if a in self.journal.known else round(time.perf_counter() - start, 4)
         e = Evaluation(*self.who, len(self), a, float(self.problem.costs([a])[0]), gap, error, spent)
-        self.journal.append(e); self.done.append(e)
+        self.journal.append(e); self.done.append(e); self.by_arch[a] = e
         return e
     def data(self) -> tuple[np.ndarray, np.ndarray]:  # (n, stages), (n,)
         "Vectors and gaps for a model; a failure counts as the worst gap seen, so that models turn away from it."
@@ -231,12 +256,38 @@ def answer(problem: Problem, evaluations: Sequence[Evaluation], eps: float) -> A
     if problem.space.has_teacher:
         teacher = (0,)*len(problem.space.counts)
         evaluations = [*evaluations, Evaluation("teacher", 0, "all", 0, teacher, float(problem.costs([teacher])[0]), 0.0)]
+    if problem.limits and evaluations: evaluations = [e for e, ok in zip(evaluations, problem.allowed([e.arch for e in evaluations])) if ok]
     ok = [e for e in evaluations if e.gap <= eps]
     if ok:
         e = min(ok, key=lambda e: (e.cost, e.gap))
         return Answer(eps, True, e.arch, e.cost, e.gap, "the teacher itself" if e.method == "teacher" else e.method)
     least = min((e.gap for e in evaluations if np.isfinite(e.gap)), default=float("nan"))
     return Answer(eps, False, None, float("inf"), least, f"no architecture with gap <= {eps:g} among {len(evaluations)}; the smallest feasible eps found is {least:g}")
+
+# %% ../nbs/03_search.ipynb #2eda1e0c
+def with_costs(
+    problem: Problem,
+    quantities: dict[str, Sequence[Sequence[float]]],  # name -> costs per stage and option
+    minimise: str | dict[str, float] = "params",       # a quantity, or weights of several
+    at_most: dict[str, float] | None = None,           # quantity -> upper bound
+) -> Problem:
+    "The same gaps under another objective and exact limits; raises `SearchError` for an unknown quantity and for limits that no architecture keeps."
+    weights, at_most = {minimise: 1.0} if isinstance(minimise, str) else dict(minimise), at_most or {}
+    for q in (*weights, *at_most):
+        if q not in quantities: raise SearchError(f"unknown objective or limit {q!r}; choose from {', '.join(quantities)}")
+    if not weights or any(w < 0 for w in weights.values()) or not any(weights.values()): raise SearchError(f"weights of the objective must be positive: {weights}")
+    space = lambda cost: replace(problem.space, cost=cost)
+    table = {q: Costs(space(quantities[q])).table for q in (*weights, *at_most)}
+    scale = {q: 1.0 if len(weights) == 1 else np.nanmax(table[q], axis=1).sum() for q in weights}
+    out = replace(problem, space=space(sum(w*table[q]/scale[q] for q, w in weights.items())), limits=tuple(Limit(q, Costs(space(table[q])), float(m)) for q, m in at_most.items()))
+    for l in out.limits:
+        if (least := np.nanmin(l.costs.table, axis=1).sum()) > l.most: raise SearchError(f"{l.name} <= {l.most:g}: the smallest architecture has {least:g}")
+    if out.limits and integer_programme(out.costs.table, _rows(out)) is None: raise SearchError("no architecture keeps all limits together: " + ", ".join(f"{l.name} <= {l.most:g}" for l in out.limits))
+    return out
+
+def _rows(problem: Problem) -> list[tuple[np.ndarray, float]]:
+    "The limits as rows of an integer programme."
+    return [(l.costs.table, l.most - l.costs.offset + 1e-9*abs(l.most)) for l in problem.limits]
 
 # %% ../nbs/03_search.ipynb #fd451ee3
 def truth_front(
@@ -297,8 +348,6 @@ def measure_all(problem: Problem) -> tuple[np.ndarray, np.ndarray, np.ndarray]: 
     return X, problem.costs(X), gaps
 
 # %% ../nbs/03_search.ipynb #ec611123
-ENUMERATE = 4096  # spaces up to this size are scored whole; larger ones are climbed
-
 def propose(
     score: Callable[[np.ndarray], np.ndarray],  # (n, stages) -> (n,), to be maximised; -inf allowed
     problem: Problem,
@@ -306,15 +355,17 @@ def propose(
     starts: np.ndarray,           # (m, stages) where to climb from
     rng: np.random.Generator,
     climbs: int = 4,
+    whole: bool = True,           # score a space that can be listed as a whole; climb otherwise
 ) -> tuple[int, ...] | None:      # None: the space is used up
-    "The unseen architecture with the best score that enumeration, or steepest ascent over single swaps, finds."
-    space, seen = problem.space, tape.seen
-    unseen = lambda X: np.array([a for a in X if tuple(a.tolist()) not in seen], dtype=int).reshape(-1, len(space.counts))
-    if len(seen) >= space.size: return None
-    pool = unseen(enumerate_space(space) if space.size <= ENUMERATE else np.unique(np.concatenate([starts, random_vectors(space, 200, rng)]), axis=0))
-    while not len(pool): pool = unseen(random_vectors(space, 200, rng))
+    "The unseen architecture within the limits with the best score that enumeration, or steepest ascent over single swaps, finds."
+    space, seen, listed = problem.space, tape.seen, problem.everything is not None and whole
+    unseen = lambda X: np.array([a for a in X[problem.allowed(X)] if tuple(a.tolist()) not in seen], dtype=int).reshape(-1, len(space.counts))
+    pool = unseen_rows(problem, tape) if listed else unseen(np.unique(np.concatenate([starts, random_vectors(space, 200, rng)]), axis=0))
+    for _ in range(0 if listed else 50): pool = pool if len(pool) else unseen(random_vectors(space, 200, rng))
+    if not len(pool) and problem.everything is not None: pool = unseen_rows(problem, tape)
+    if not len(pool): return None
     values = score(pool)
-    for _ in range(0 if space.size <= ENUMERATE else 20):
+    for _ in range(0 if listed else 20):
         top = pool[np.argsort(-values, kind="stable")[:climbs]]
         X = unseen(neighbours(space, top)); v = score(X)
         if len(v) == 0 or v.max() <= values.max(): break
@@ -322,13 +373,19 @@ def propose(
     ties = np.flatnonzero(values == values.max())
     return tuple(int(i) for i in pool[rng.choice(ties)])
 
+def unseen_rows(problem: Problem, tape: Tape) -> np.ndarray:  # (n, stages)
+    "Of a listed space, the allowed architectures that are not paid for."
+    X, counts = problem.everything, tuple(problem.space.counts)
+    paid = np.array([np.ravel_multi_index(a, counts) for a in tape.seen], dtype=int)
+    return X[~np.isin(np.ravel_multi_index(X.T, counts), paid)]
+
 def step_rng(seed: int, run: str, step: int) -> np.random.Generator:
     "Random numbers of one step: a function of seed, run and step, so that a resumed search draws the same."
     return np.random.default_rng([seed, step, *run.encode()])
 
 def random_unseen(problem: Problem, tape: Tape, rng: np.random.Generator) -> tuple[int, ...] | None:
     "A uniform architecture that is not paid for; None when all are."
-    return propose(lambda X: np.zeros(len(X)), problem, tape, random_vectors(problem.space, 1, rng), rng)
+    return propose(lambda X: np.zeros(len(X)), problem, tape, random_vectors(problem.space, 1, rng), rng, whole=False)
 
 # %% ../nbs/03_search.ipynb #b6eed70f
 def one_hot(space: SearchSpace, X) -> torch.Tensor:  # (n, stages) -> (n, options of all stages), double
@@ -336,28 +393,59 @@ def one_hot(space: SearchSpace, X) -> torch.Tensor:  # (n, stages) -> (n, option
     X = np.asarray(X)
     return torch.as_tensor(np.concatenate([X[:, s, None] == np.arange(n) for s, n in enumerate(space.counts)], axis=1), dtype=torch.double)
 
-def gaussian_processes(X: torch.Tensor, *targets: np.ndarray):
-    "A BoTorch GP per target (standardised, default kernel and priors), fitted by marginal likelihood, as one model."
-    from botorch.fit import fit_gpytorch_mll    # late: BoTorch takes seconds to import and only this search needs it
-    from botorch.models import ModelListGP, SingleTaskGP
-    from gpytorch.mlls import ExactMarginalLogLikelihood
-    models = [SingleTaskGP(X, torch.as_tensor(np.asarray(y, float)).double()[:, None]) for y in targets]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")          # an L-BFGS line search that stops early is no error
-        for m in models: fit_gpytorch_mll(ExactMarginalLogLikelihood(m.likelihood, m), optimizer_kwargs=dict(options=dict(maxiter=50)))
-    return ModelListGP(*models)
+def fit_botorch(model, iterations: int = 50):
+    "Maximum a posteriori of a `SingleTaskGP` with its default kernel and priors: `fit_gpytorch_mll`'s objective with a closed-form gradient in log-parameters, some thirty times as fast."
+    Z, y = model.train_inputs[0].numpy(), model.train_targets.numpy()
+    n, d = Z.shape
+    D = ((Z[:, None] - Z[None])**2).reshape(n*n, d)
+    kernel, likelihood = model.covar_module, model.likelihood
+    priors = [(float(p.base_dist.loc), float(p.base_dist.scale)) for p in (kernel.lengthscale_prior, likelihood.noise_covar.noise_prior)]
+    mu, sd = (np.repeat(v, [d, 1]) for v in np.array(priors).T)            # log-normal, of length scales and noise
+    lower = np.repeat([float(kernel.raw_lengthscale_constraint.lower_bound), float(likelihood.noise_covar.raw_noise_constraint.lower_bound)], [d, 1])
 
-def constrained_ei(model, best_cost: float, limit: float):
-    "Logarithm of eq. 15 for outputs (cost, constraint): (n, d) -> (n,). All points share one posterior call: t-batches of BoTorch would copy the training set for each."
+    def objective(theta):         # log length scales, log noise, constant mean
+        log, c = theta[:-1], theta[-1]; inv = np.exp(-2*log[:d]); noise = np.exp(log[d])
+        K = np.exp(-0.5*(D @ inv)).reshape(n, n)
+        L = cho_factor(K + noise*np.eye(n), lower=True); alpha = cho_solve(L, y - c)
+        Q = cho_solve(L, np.eye(n)) - np.outer(alpha, alpha)
+        z = (log - mu)/sd
+        value = 0.5*(y - c) @ alpha + np.log(np.diag(L[0])).sum() + (log + 0.5*z**2).sum()
+        return value, np.concatenate([0.5*((Q*K).ravel() @ D)*inv + 1 + z[:d]/sd[:d], [0.5*noise*np.trace(Q) + 1 + z[d]/sd[d], -alpha.sum()]])
+    start = np.concatenate([np.log(kernel.lengthscale.detach().numpy().ravel()), np.log(likelihood.noise.detach().numpy()), [0.0]])
+    best = minimize(objective, start, jac=True, method="L-BFGS-B", bounds=[(np.log(b), 12) for b in lower] + [(None, None)], options=dict(maxiter=iterations)).x
+    kernel.lengthscale, likelihood.noise, model.mean_module.constant = torch.tensor(np.exp(best[:d])), torch.tensor(np.exp(best[d:d+1])), torch.tensor(best[-1])
+    return model.eval()
+
+def gaussian_processes(X: torch.Tensor, *targets: np.ndarray) -> list:
+    "A BoTorch GP per target: standardised, default kernel and priors."
+    from botorch.models import SingleTaskGP     # late: BoTorch takes seconds to import and only this search needs it
+    return [fit_botorch(SingleTaskGP(X, torch.as_tensor(np.asarray(y, float)).double()[:, None])) for y in targets]
+
+def posterior(model) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+    "Mean and variance (m,) of a fitted `SingleTaskGP` at points (m, d); factorised once, where BoTorch's own call rebuilds its lazy tensors for every batch."
+    Z, scale, noise = model.train_inputs[0], model.covar_module.lengthscale.detach().ravel(), model.likelihood.noise.detach()
+    kernel = lambda A, B: torch.exp(-0.5*torch.cdist(A/scale, B/scale).square())
+    c, (m, s) = model.mean_module.constant.detach(), (v.ravel()[0] for v in (model.outcome_transform.means, model.outcome_transform.stdvs))
+    L = torch.linalg.cholesky(kernel(Z, Z) + noise*torch.eye(len(Z)).to(Z))
+    alpha = torch.cholesky_solve((model.train_targets - c)[:, None], L)
+    def at(X):
+        k = kernel(X, Z)
+        return m + s*(c + (k @ alpha)[:, 0]), s**2*(1 - torch.linalg.solve_triangular(L, k.T, upper=False).square().sum(0)).clamp_min(0)
+    return at
+
+def constrained_ei(models: list, best_cost: float, limit: float):
+    "Logarithm of eq. 15 for models of (cost, constraint): (n, d) -> (n,). BoTorch's acquisition, fed with all points at once."
     from botorch.acquisition.analytic import LogConstrainedExpectedImprovement
+    from botorch.models import ModelListGP
+    outputs = [posterior(m) for m in models]
     class Flat(LogConstrainedExpectedImprovement):
         def _mean_and_sigma(self, X, compute_sigma=True, min_var=1e-12):
-            p = self.model.posterior(X.squeeze(-2))
-            return p.mean, p.variance.clamp_min(min_var).sqrt()
-    acquisition = Flat(model, best_cost, objective_index=0, constraints={1: [None, limit]}, maximize=False)
+            mean, variance = (torch.stack(v, dim=-1) for v in zip(*(f(X.squeeze(-2)) for f in outputs)))
+            return mean, variance.clamp_min(min_var).sqrt()
+    acquisition = Flat(ModelListGP(*models), best_cost, objective_index=0, constraints={1: [None, limit]}, maximize=False)
     @torch.no_grad()
     def score(Z: torch.Tensor) -> np.ndarray:
-        return torch.cat([acquisition(z[:, None]) for z in Z.split(512)]).numpy()
+        return torch.cat([acquisition(z[:, None]) for z in Z.split(4096)]).numpy()
     return score
 
 # %% ../nbs/03_search.ipynb #5a4fc00e
@@ -380,12 +468,12 @@ def paper_search(
             if k < initial or not np.isfinite(gap).all(): a = random_unseen(problem, tape, rng)
             else:
                 Z = one_hot(space, X)
-                model = gaussian_processes(Z, problem.costs(X), gap)
+                models = gaussian_processes(Z, problem.costs(X), gap)
                 best = answer(problem, tape.done, e)
                 bound = best.cost if best.feasible else float(problem.costs(X).max())
-                score = constrained_ei(model, bound, e)
+                score = constrained_ei(models, bound, e)
                 starts = np.array(([best.arch] if best.feasible else []) + X[np.argsort(gap)][:3].tolist())
-                a = propose(lambda Y: score(one_hot(space, Y)), problem, tape, neighbours(space, starts), rng)
+                a = propose(lambda Y: score(one_hot(space, Y)), problem, tape, neighbours(space, starts), rng, whole=space.size <= 4096)
             if a is None: break                              # every architecture is measured
             tape.measure(a)
         out += tape.done
@@ -414,6 +502,7 @@ def greedy_search(problem: Problem, eps: Sequence[float], budget: int, seed: int
             if not moves: break
             _, s, o = min(moves)
             b = a[:s] + (o,) + a[s+1:]
+            if not problem.allowed([b])[0]: a = b; continue              # nothing to learn on the way to the limits
             if b not in tape.seen and len(tape) >= budget: return tape.done
             if tape.measure(b).gap <= e: a = b
             else: banned.add((s, o))
@@ -436,6 +525,19 @@ def integer_programme(
     if r.x is None: return None
     return tuple(int(cells[(cells[:, 0] == s) & (r.x > 0.5)][0, 1]) for s in range(len(cost)))
 
+def cheapest(problem: Problem, tape: Tape, weights: np.ndarray, most: float, best: Answer) -> tuple[int, ...] | None:
+    "The cheapest unpaid architecture cheaper than `best` with summed `weights` of at most `most`; failing that the one of least weight; None when nothing is left. By listing small spaces, else by integer programme."
+    if problem.everything is not None:
+        X = unseen_rows(problem, tape); cost = problem.costs(X); X, cost = X[cost < best.cost], cost[cost < best.cost]
+        if not len(X): return None
+        w = pick(weights, X).sum(1); fits = w <= most
+        keys = (w, np.where(fits, cost, np.inf)) if fits.any() else (cost, w)
+        return tuple(X[np.lexsort(keys)[0]].tolist())
+    cost = problem.costs.table
+    rows = _rows(problem) + ([(cost, pick(cost, [best.arch]).sum() - 1e-7*np.nanmax(np.abs(cost)))] if best.feasible else [])
+    a = integer_programme(cost, [(weights, most), *rows], tape.seen)
+    return a if a is not None else integer_programme(np.where(problem.space.valid, weights, np.nan), rows, tape.seen)
+
 def fit_additive(problem: Problem, X: np.ndarray, u: np.ndarray, ridge: float = 0.1) -> np.ndarray:  # (stages, options)
     "Ridge regression of relative errors on multipliers of the proxy, drawn towards their common scale."
     w = problem.weights
@@ -450,19 +552,107 @@ def fit_additive(problem: Problem, X: np.ndarray, u: np.ndarray, ridge: float = 
 
 def additive_search(problem: Problem, eps: Sequence[float], budget: int, seed: int = 0, journal: Journal | None = None) -> list[Evaluation]:
     "Integer programme over refitted swap errors; the eps take turns and share all evaluations. Deterministic: `seed` only names the run."
-    eps, tape, cost = [e for e in check_grid(eps) if e > 0 or not problem.space.has_teacher], Tape(problem, journal, "additive", seed), problem.costs.table
+    eps, tape = [e for e in check_grid(eps) if e > 0 or not problem.space.has_teacher], Tape(problem, journal, "additive", seed)
     for k in range(len(tape), budget if eps else 0):
         e = eps[k % len(eps)]
         X, gap = tape.data() if k else (None, np.array([np.nan]))
         w = fit_additive(problem, X, problem.u(gap)) if np.isfinite(gap).all() else problem.weights
         best = answer(problem, tape.done, e)
-        cheaper = [(cost, pick(cost, [best.arch]).sum() - 1e-7*np.nanmax(np.abs(cost)))] if best.feasible else []
-        a = integer_programme(cost, [(w, float(problem.u(e))), *cheaper], tape.seen)
-        if a is None: a = integer_programme(np.where(problem.space.valid, w, np.nan), cheaper, tape.seen)  # least error among the cheaper ones
+        a = cheapest(problem, tape, w, float(problem.u(e)), best)
         if a is None: a = random_unseen(problem, tape, step_rng(seed, "all", k))
         if a is None: break
         tape.measure(a)
     return tape.done
+
+# %% ../nbs/03_search.ipynb #298d4109
+def cross_score(problem: Problem, X) -> np.ndarray:  # (n, stages) -> (n,)
+    "Squared norm of the summed error vectors of the single swaps; raises `SearchError` when the problem does not know their products."
+    if problem.products is None: raise SearchError("the cross-term score needs the inner products of the single swaps' error vectors (Problem.products)")
+    X, S = np.asarray(X), np.arange(problem.products.shape[0])
+    return problem.products[S[:, None], X[:, :, None], S[None], X[:, None, :]].sum((1, 2))
+
+def cross_search(problem: Problem, eps: Sequence[float], budget: int, seed: int = 0, journal: Journal | None = None) -> list[Evaluation]:
+    "Cheapest architecture whose cross-term score, scaled by the median ratio of what is measured, keeps eps; the eps take turns and share all evaluations."
+    eps, tape = [e for e in check_grid(eps) if e > 0 or not problem.space.has_teacher], Tape(problem, journal, "cross", seed)
+    cross_score(problem, np.zeros((1, len(problem.space.counts)), dtype=int))
+    for k in range(len(tape), budget if eps else 0):
+        e, rng = eps[k % len(eps)], step_rng(seed, "all", k)
+        known = [(d.arch, d.gap) for d in tape.done if d.gap > 0]
+        scale = np.exp(np.median([np.log(g/max(c, 1e-12)) for (_, g), c in zip(known, cross_score(problem, [a for a, _ in known]))])) if known else 1.0
+        best = answer(problem, tape.done, e).cost
+        def score(Y):             # within eps: the cheaper the better; none within: the least error among the cheaper ones
+            c, s = problem.costs(Y), scale*cross_score(problem, Y)
+            return np.where(c < best, np.where(s <= e, 1/c, -s/e), -np.inf if np.isfinite(best) else -s/e)
+        a = propose(score, problem, tape, np.array(knapsack(problem, problem.weights, [e])), rng)
+        if a is None: break
+        tape.measure(a)
+    return tape.done
+
+# %% ../nbs/03_search.ipynb #597096ff
+EXTRAS = dict(nsga2="pymoo", tpe="optuna")
+
+def absent(method: str) -> str:
+    "Why `method` cannot run here; empty when it can."
+    return f"{method} needs the package {EXTRAS[method]}: pip install 'tocsr[search]'" if method in EXTRAS and find_spec(EXTRAS[method]) is None else ""
+
+def nsga2_search(problem: Problem, eps: Sequence[float], budget: int, seed: int = 0, journal: Journal | None = None, population: int = 20) -> list[Evaluation]:
+    "NSGA-II on (cost, gap); raises `SearchError` without pymoo. A resumed run replays its generations over what is measured."
+    if reason := absent("nsga2"): raise SearchError(reason)
+    from pymoo.algorithms.moo.nsga2 import NSGA2
+    from pymoo.core.evaluator import Evaluator
+    from pymoo.core.problem import Problem as Moo
+    from pymoo.core.termination import NoTermination
+    from pymoo.operators.crossover.ux import UX
+    from pymoo.operators.mutation.pm import PM
+    from pymoo.operators.repair.rounding import RoundingRepair
+    from pymoo.operators.sampling.rnd import IntegerRandomSampling
+    from pymoo.problems.static import StaticProblem
+    check_grid(eps)
+    tape, top = Tape(problem, journal, "nsga2", seed), problem.space.counts - 1
+    moo = Moo(n_var=len(top), n_obj=2, n_ieq_constr=1, xl=np.zeros(len(top)), xu=top, vtype=int)
+    algorithm = NSGA2(pop_size=population, sampling=IntegerRandomSampling(), crossover=UX(), mutation=PM(vtype=float, repair=RoundingRepair()), eliminate_duplicates=True)
+    algorithm.setup(moo, termination=NoTermination(), seed=seed, verbose=False)
+    idle, before = 0, len(tape)
+    while idle < 50:              # generations without anything new: it has converged
+        infills = algorithm.ask()
+        if infills is None or len(infills) == 0: break
+        X = infills.get("X").astype(int); broken = ~problem.allowed(X); gaps = []
+        for a, b in zip(X, broken):
+            if not b and tuple(a.tolist()) not in tape.seen and len(tape) >= budget: return tape.done
+            gaps.append(float("nan") if b else tape.measure(a).gap)
+        F = np.column_stack([problem.costs(X), np.nan_to_num(gaps, nan=_worst(tape))])
+        Evaluator().eval(StaticProblem(moo, F=F, G=broken[:, None].astype(float)), infills)
+        algorithm.tell(infills=infills)
+        idle, before = (idle + 1, before) if len(tape) == before else (0, len(tape))
+    return tape.done
+
+def _worst(tape: Tape) -> float:
+    "The worst gap seen, for failures."
+    return max((e.gap for e in tape.done if np.isfinite(e.gap)), default=1.0)
+
+def tpe_search(problem: Problem, eps: Sequence[float], iterations: int = 40, seed: int = 0, journal: Journal | None = None, initial: int = 6) -> list[Evaluation]:
+    "For every eps an independent run of multivariate TPE with the constraint gap <= eps; raises `SearchError` without optuna. A resumed run replays its trials."
+    if reason := absent("tpe"): raise SearchError(reason)
+    import optuna
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    names, out = list(problem.space.stages), []
+    for e in check_grid(eps):
+        if e == 0 and problem.space.has_teacher: continue
+        tape, idle = Tape(problem, journal, "tpe", seed, f"eps={e:.9g}"), 0
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=initial, multivariate=True))
+        while idle < 100:         # proposals that repeat what is known: it has converged
+            trial = study.ask()
+            a = tuple(trial.suggest_categorical(n, range(c)) for n, c in zip(names, problem.space.counts.tolist()))
+            broken = not problem.allowed([a])[0]; new = not broken and a not in tape.seen
+            if new and len(tape) >= iterations: break
+            gap = float("nan") if broken else tape.measure(a).gap
+            trial.set_constraint("gap", gap - e if np.isfinite(gap) else 1e9)
+            study.tell(trial, float(problem.costs([a])[0]))
+            idle = 0 if new else idle + 1
+        out += tape.done
+    return out
 
 # %% ../nbs/03_search.ipynb #7f2e583b
 AMPLITUDES = np.array([1.0, 0.7, 0.5, 0.3, 0.15, 0.08, 0.03])   # prior medians: the six terms above, then noise
@@ -471,13 +661,20 @@ LOG_SD = np.array([0.8, 0.5, 0.8, 0.8, 0.8, 0.8, 0.8])          # of the log-nor
 class StructuredGP:
     "GP of log u with the additive model inside; call `fit`, then `predict`. `weights` are the corrected swap errors."
     def __init__(self, problem: Problem):
-        self.w0, self.edges = problem.weights, np.array(problem.space.edges, dtype=int).reshape(-1, 2)
+        self.w0, self.edges, self.products = problem.weights, np.array(problem.space.edges, dtype=int).reshape(-1, 2), problem.products
         self.g, self.amplitudes = np.zeros_like(self.w0), AMPLITUDES
+
+    def contributions(self, X: np.ndarray) -> np.ndarray:  # (n, S)
+        "What each stage adds to u at the corrections g: its swap error, or, with error vectors, its row of the cross-term sum (at least a tenth of its own square)."
+        if self.products is None: return pick(self.w0*np.exp(self.g), X)
+        S, h = np.arange(X.shape[1]), np.exp(0.5*pick(self.g, X))
+        own = pick(self.w0, X)*h**2
+        return np.maximum(np.einsum("nst,ns,nt->ns", self.products[S[:, None], X[:, :, None], S[None], X[:, None, :]], h, h), 0.1*own)
 
     def features(self, X: np.ndarray) -> tuple[np.ndarray, ...]:
         "Shares (n, S), one-hot (n, S*O), shares by option (n, S*O), edge features (n, E), edge features by both options (n, E*O*O)."
         (n, S), O, (s, t) = X.shape, self.w0.shape[1], self.edges.T
-        ws = pick(self.w0*np.exp(self.g), X); r = ws/np.maximum(ws.sum(1, keepdims=True), 1e-12)
+        ws = self.contributions(X); r = ws/np.maximum(ws.sum(1, keepdims=True), 1e-12)
         hot = np.eye(O)[X]; e = np.sqrt(r[:, s]*r[:, t])
         pair = e[:, :, None, None]*hot[:, s, :, None]*hot[:, t, None, :]
         return r, hot.reshape(n, -1), (r[:, :, None]*hot).reshape(n, -1), e, pair.reshape(n, -1)
@@ -490,7 +687,7 @@ class StructuredGP:
 
     def mean(self, X: np.ndarray) -> np.ndarray:  # (n,)
         "Prior mean of log u, linearised at g."
-        ws = pick(self.w0*np.exp(self.g), X); total = np.maximum(ws.sum(1), 1e-12)
+        ws = self.contributions(X); total = np.maximum(ws.sum(1), 1e-12)
         return np.log(total) - (ws*pick(self.g, X)).sum(1)/total
 
     def fit(self, X: np.ndarray, u: np.ndarray, passes: int = 2) -> "StructuredGP":  # (n, S), (n,) > 0
@@ -533,6 +730,10 @@ def fit_amplitudes(K: np.ndarray, y: np.ndarray) -> np.ndarray:  # (6, n, n), (n
 # %% ../nbs/03_search.ipynb #23c0d8fa
 def knapsack(problem: Problem, weights: np.ndarray, limits: Sequence[float]) -> list[tuple[int, ...]]:
     "For each limit the cheapest vector on the Lagrangian path `min sum c + lambda w` whose summed weight stays within it."
+    if problem.limits:            # exactly, for the path knows no second constraint
+        exact = [integer_programme(problem.costs.table, [(weights, m), *_rows(problem)]) for m in limits]
+        least = integer_programme(np.where(problem.space.valid, weights, np.nan), _rows(problem)) if None in exact else None
+        return [least if a is None else a for a in exact]
     cost = np.where(problem.space.valid, problem.costs.table, np.inf)
     spread = np.ptp(problem.costs.table[problem.space.valid])/max(np.ptp(weights), 1e-12)
     path = np.unique([np.argmin(cost + lam*weights, axis=1) for lam in spread*np.logspace(-4, 4, 200)], axis=0)
@@ -579,11 +780,16 @@ def structured_search(problem: Problem, eps: Sequence[float], budget: int, seed:
 def run_method(method: str, problem: Problem, eps: Sequence[float], budget: int, seed: int = 0, journal: Journal | None = None, initial: int = 6) -> list[Evaluation]:
     "`budget` evaluations by `method` (one of `METHODS`); raises `SearchError` for an unknown name."
     eps = check_grid(eps)
-    if method == "paper": return paper_search(problem, eps, budget//len(eps), seed, journal, initial)
-    if method not in METHODS: raise SearchError(f"unknown method {method!r}; choose one of {', '.join(METHODS)}")
-    return METHODS[method](problem, eps, budget, seed, journal)
+    if method not in (known := searches()): raise SearchError(f"unknown method {method!r}; choose one of {', '.join(known)}")
+    if method in PER_EPS: return known[method](problem, eps, budget//len(eps), seed, journal, initial)
+    return known[method](problem, eps, budget, seed, journal)
 
-METHODS = dict(paper=paper_search, random=random_search, greedy=greedy_search, additive=additive_search, structured=structured_search)
+def searches() -> dict[str, Callable]:
+    "Name -> function; a function and not a constant, so that a stage's key follows the code of every method."
+    return dict(paper=paper_search, random=random_search, nsga2=nsga2_search, tpe=tpe_search, greedy=greedy_search, additive=additive_search, cross=cross_search, structured=structured_search)
+
+METHODS = tuple(searches())
+PER_EPS = ("paper", "tpe")        # one independent run for every eps: the budget is divided
 
 # %% ../nbs/03_search.ipynb #023f896f
 def regret_curve(
@@ -626,7 +832,7 @@ def comparison_rows(curves: dict[str, np.ndarray]) -> list[dict]:  # method -> (
     return rows
 
 # %% ../nbs/03_search.ipynb #175b8354
-METHOD_COLORS = dict(paper="#767676", random="#CC79A7", greedy="#E69F00", additive="#009E73", structured="#0072B2")
+METHOD_COLORS = dict(paper="#767676", random="#CC79A7", nsga2="#D55E00", tpe="#56B4E9", greedy="#E69F00", additive="#009E73", cross="#8C564B", structured="#0072B2")
 
 def plot_regret(curves: dict[str, np.ndarray], title: str = ""):  # method -> (seeds, eps, budget)
     "Median and quartiles over runs of the excess over the optimal cost, against evaluations."
@@ -699,22 +905,16 @@ def choose(rows: list[dict], budget: float, method: str, slack: float = 0.03) ->
     return best | dict(budget=budget, within_budget=bool(inside), note="" if inside else f"no answer of the grid is within {budget:.0f} parameters; this is the nearest. Larger eps would allow smaller ones")
 
 # %% ../nbs/03_search.ipynb #9c204477
-LIVE = ("structured", "paper", "additive", "greedy", "random")  # every method; the first one's answer is kept
+LIVE = ("structured", "paper", "additive", "greedy", "random")  # methods of the live search; the first one's answer is kept
 
 def load_problem(profile, up: dict[str, Artifact]) -> tuple[Problem, StagedUNet, Library]:
     "The measured problem of a profile from the results of stages *teacher* and *surrogates*: calibration latents, library, single swaps."
-    from tocsr.expansion import load_teacher
-    cfg, device = profile.search, pick_device(profile.device)
-    source = load_teacher(up["teacher"])
-    teacher, codec = cut(source.unet.to(device).eval().requires_grad_(False)), source.codec.to(device).eval()
-    library = load_library(up["surrogates"].path, teacher)
-    photos = calibration(load_photos(profile.data).split("train"), profile.surrogates.calibration_share)
-    x = photos.crops(cfg.fidelity_samples, profile.data.patch, step_generator(profile.seed + 31, 0))
-    with torch.no_grad(): z = torch.cat([codec.encode(b.to(device)) for b in x.split(cfg.fidelity_batch)])
+    cfg, parts = profile.search, load_parts(profile, up, profile.search.fidelity_samples)
+    teacher, library = parts.teacher, parts.library
     results = up["surrogates"].results
     swaps = {s: {r["design"]: r["f_acc"] for r in results["rows"] if r["stage"] == s and "f_acc" in r} for s in teacher.shapes}
     for s, r in results["removed"].items(): swaps[s][REMOVED] = r["f_acc"]
-    return fidelity_problem(teacher, library, Fidelity.draw(teacher, source.schedule, z, profile.seed, cfg.fidelity_batch), swaps), teacher, library
+    return fidelity_problem(teacher, library, Fidelity.draw(teacher, parts.schedule, parts.latents, profile.seed, cfg.fidelity_batch), swaps), teacher, library
 
 def grid_unit(problem: Problem, cfg: SearchConfig) -> float:
     "What one eps means: the f_acc of the paper's vector, or 1 for an absolute grid."
@@ -790,6 +990,163 @@ def plot_front(results: dict, evaluations: Sequence[Evaluation]):
         if "f_acc" in ref: ax.scatter([ref["f_acc"]/unit], [ref["params"]/1e6], marker="*", s=60, color=MARK, label="the paper's vector", zorder=3)
         largest = max(x["eps"] for x in results["front"])
         ax.set(xlim=(0, 1.5*max(largest, 1.0)), xlabel="$f_{acc}$ / $f_{acc}$ of the paper's vector", ylabel="parameters, M"); ax.legend()
+    return fig
+
+# %% ../nbs/03_search.ipynb #c1ba83c9
+def table_problem(
+    table: TruthTable,
+    rng: np.random.Generator | None = None,  # draws half of the swaps' latents; None: all of them
+    minimise: str | dict[str, float] = "params",
+    at_most: dict[str, float] | None = None,
+    vectors: bool = True,         # give the problem the swaps' inner products
+) -> Problem:
+    "A measured table as a search problem; options of `with_costs`."
+    n, counts = len(table.products), table.space.counts
+    S, O = len(counts), max(counts)
+    mean = table.products[rng.permutation(n)[:max(2, n//2)] if rng else slice(None)].mean(0).astype(float)
+    cells = np.array([(s, int(a[s])) for a in swap_vectors(table.space) for s in np.flatnonzero(a)]); flat = cells[:, 0]*O + cells[:, 1]
+    products = np.zeros((S*O, S*O)); products[np.ix_(flat, flat)] = mean
+    edges = tuple((s, s + 1) for s in range(S - 1)) + tuple((s, S - 1 - s) for s in range(S//2 - 1))
+    space = SearchSpace(table.space.options, [row[:c] for row, c in zip(table.costs["params"], counts)], edges)
+    many = lambda X: table.gap[np.ravel_multi_index(np.asarray(X).T, counts)].astype(float)
+    p = Problem(space, lambda a: float(many([a])[0]) if any(a) else 0.0, np.diag(products).reshape(S, O), many=many, products=products.reshape(S, O, S, O) if vectors else None)
+    return with_costs(p, {q: [row[:c] for row, c in zip(t, counts)] for q, t in table.costs.items()}, minimise, at_most)
+
+def comparison_table(profile) -> tuple[TruthTable, str]:
+    "The shipped table where the profile asks for it and there is one, else that of stage *truth*; with a line that says which."
+    if profile.search.truth_table not in ("shipped", "measured"): raise SearchError(f"truth_table {profile.search.truth_table!r}: choose 'shipped' or 'measured'")
+    if profile.search.truth_table == "shipped" and shipped_truth().is_file():
+        t = load_truth()
+        return t, f"shipped table: {len(t)} architectures of teacher {t.meta['teacher']}, {t.meta['latents']} latents, measured {t.meta['measured']}"
+    t = load_truth(need("truth", profile).file("truth.safetensors"))
+    return t, f"{'no table is shipped; ' if profile.search.truth_table == 'shipped' else ''}measured here (stage truth, profile {profile.name}): {len(t)} architectures, {t.meta['latents']} latents"
+
+def _table_key(profile) -> str:
+    "What identifies the table that a comparison reads."
+    return file_hash(shipped_truth()) if profile.search.truth_table == "shipped" and shipped_truth().is_file() else stage_key("truth", profile)
+
+# %% ../nbs/03_search.ipynb #78362d0b
+def front_curves(problem: Problem, evaluations: Sequence[Evaluation], eps: Sequence[float], optimum: np.ndarray, top: tuple[float, float], whole: float) -> tuple[np.ndarray, np.ndarray]:  # (n,), (n,)
+    "Mean regret over eps, and missing share of the true front's hypervolume, after 1, 2, ... evaluations."
+    ordered = sorted(evaluations, key=lambda e: (e.step, [r.run for r in evaluations].index(e.run))) if len({e.run for e in evaluations}) > 1 else list(evaluations)
+    regret = np.mean([best_so_far(problem, ordered, e)/o - 1 for e, o in zip(eps, optimum)], axis=0)
+    return regret, 1 - np.array([hypervolume([e.cost for e in ordered[:k + 1]], [e.gap for e in ordered[:k + 1]], top) for k in range(len(ordered))])/whole
+
+def hypervolume(costs: Sequence[float], gaps: Sequence[float], top: tuple[float, float]) -> float:
+    "Area that points (cost, gap) dominate within the box up to `top`."
+    c, g = np.asarray(costs, float), np.asarray(gaps, float)
+    keep = (c < top[0]) & (g < top[1])          # nan compares false
+    c, g = c[keep], g[keep]
+    if not len(c): return 0.0
+    i = pareto(c, g)                            # gap ascending, cost descending
+    return float(((np.append(g[i][1:], top[1]) - g[i])*(top[0] - c[i])).sum())
+
+def run_until(method: str, problem: Problem, e: float, optimum: float, budget: int, seed: int, initial: int) -> list[Evaluation]:
+    "A run for one eps that stops soon after it is within 1% of the optimum: what it would do later is of no interest. Searches resume, so it advances by a few evaluations at a time."
+    journal, done = Journal(), []
+    for n in dict.fromkeys([*range(5, budget, 5), budget]):
+        before, done = len(done), run_method(method, problem, [e], n, seed, journal, initial)
+        if np.isfinite(evaluations_to(best_so_far(problem, done, e), optimum)) or len(done) == before: break
+    return done
+
+# %% ../nbs/03_search.ipynb #c6c9d396
+SHARING = ("structured", "additive", "cross", "greedy")   # one run serves the grid: the front's small budget
+SLOW = ("paper", "tpe")           # fit a model from scratch at every step: fewer seeds where the profile says so
+
+def compare_seed(method: str, problem: Problem, grid: Sequence[float], optimum: np.ndarray, cfg: SearchConfig, seed: int, top, whole: float) -> dict:
+    "One seed of one method: evaluations to 1% and 5% per eps, the front's curves, seconds per step."
+    start, n = time.process_time(), cfg.compare_iterations
+    per_eps = method in PER_EPS
+    front = run_method(method, problem, grid, n*len(grid) if per_eps or method not in SHARING else cfg.compare_front, seed, initial=cfg.initial)
+    seconds = (time.process_time() - start)/max(1, len(front))
+    single = [[d for d in front if d.run == f"eps={e:.9g}"] for e in grid] if per_eps else [run_until(method, problem, e, o, n, seed, cfg.initial) for e, o in zip(grid, optimum)]
+    to = lambda within: [evaluations_to(best_so_far(problem, done, e), o, within) if done else float("inf") for done, e, o in zip(single, grid, optimum)]
+    regret, missing = front_curves(problem, front, grid, optimum, top, whole)
+    return dict(to_1pct=to(0.01), to_5pct=to(0.05), regret=regret.tolist(), missing=missing.tolist(), step_s=seconds)
+
+@stage("compare", config=lambda p: (p.search, _table_key(p), p.seed), data=False)
+def run_compare(run: Run) -> dict:
+    "Every method on the truth table over fresh seeds; writes seeds.json with all runs, returns medians and intervals. A killed run goes on with the next seed."
+    cfg = run.profile.search
+    table, source = comparison_table(run.profile)
+    unit = 1.0 if cfg.eps_unit == "absolute" else table.meta["paper_gap"]
+    if unit is None: raise SearchError(f"the table lacks the paper's vector {PAPER_ARCHITECTURE}, the unit of eps; use eps_unit='absolute' or declare it in `truth`")
+    grid, known = [e*unit for e in check_grid(cfg.compare_eps)], table_problem(table)
+    V = table.space.vectors(); C, G = known.costs(V), np.where(V.any(1), table.gap, 0.0)
+    optimum, top = truth_front(C, G, grid)[0], (float(C[0]), grid[-1])
+    methods = [m for m in METHODS if not absent(m)]
+    for m in METHODS: absent(m) and run.log(f"left out: {absent(m)}")
+    out: dict[str, list] = {}
+    for m in methods:
+        for seed in range(cfg.compare_seeds_slow if m in SLOW else cfg.compare_seeds):
+            path = run.scratch/f"{m}-{seed}.json"
+            if not path.is_file(): write_json(path, compare_seed(m, table_problem(table, np.random.default_rng([run.profile.seed, 17, seed])), grid, optimum, cfg, 1000*run.profile.seed + seed, top, hypervolume(C, G, top)))
+            out.setdefault(m, []).append(json.loads(path.read_text()))
+        run.log(f"{m}: {len(out[m])} seeds, {1e3*np.mean([s['step_s'] for s in out[m]]):.0f} ms per step, front regret {np.median([s['regret'][-1] for s in out[m]]):.2%}")
+    write_json(run.dir/"seeds.json", out)
+    return dict(source=source, size=len(table), unit=unit, eps=list(cfg.compare_eps), optimum=optimum.tolist(), swaps=int(sum(table.space.counts) - len(table.space.counts)), cap=cfg.compare_iterations, front_budget=cfg.compare_front,
+                methods={m: summary(s, cfg.compare_iterations) for m, s in out.items()}, left_out={m: absent(m) for m in METHODS if absent(m)}, step_38x5=step_seconds())
+
+# %% ../nbs/03_search.ipynb #8bc07a35
+def quartiles(values: Sequence[float]) -> dict:
+    "Median, quartiles and a bootstrap 95% interval of the median; None: infinite."
+    v = np.asarray(values, dtype=float); finite = lambda x: float(x) if np.isfinite(x) else None
+    q = lambda p: finite(np.quantile(v, p, method="inverted_cdf"))        # a value that occurred: inf has no mean
+    boot = np.sort(v)[np.sort(np.random.default_rng(0).integers(0, len(v), (1000, len(v))), axis=1)[:, (len(v) - 1)//2]]
+    return dict(median=q(0.5), q25=q(0.25), q75=q(0.75), low=finite(np.quantile(boot, 0.025, method="inverted_cdf")), high=finite(np.quantile(boot, 0.975, method="inverted_cdf")))
+
+def summary(seeds: list[dict], cap: int) -> dict:
+    "Medians over seeds, per eps and of the front; `middle` pools the middle half of the grid."
+    to = {k: np.array([[float("inf") if x is None or x > cap else x for x in s[f"to_{k}"]] for s in seeds]) for k in ("1pct", "5pct")}  # (seeds, eps)
+    n = to["1pct"].shape[1]; middle = slice(n//4, n - n//4)
+    out = dict(seeds=len(seeds), step_s=float(np.median([s["step_s"] for s in seeds])), evaluations=max(len(s["regret"]) for s in seeds))
+    for k, v in to.items():
+        out[k] = dict(per_eps=[quartiles(c) | dict(solved=float(np.isfinite(c).mean())) for c in v.T], middle=quartiles(v[:, middle].ravel()) | dict(solved=float(np.isfinite(v[:, middle]).mean())))
+    return out | {k: quartiles([s[k][-1] for s in seeds]) | dict(mean=float(np.mean([s[k][-1] for s in seeds]))) for k in ("regret", "missing")}
+
+def step_seconds(n: int = 200, stages: int = 38, options: int = 5, repeats: int = 3) -> float:
+    "CPU seconds of one step of ours when `n` evaluations of a synthetic space are known; mean of `repeats` steps."
+    problem = synthetic_problem(stages, options)
+    tape, rng = Tape(problem, None, "structured", 0), np.random.default_rng(0)
+    for a in [*knapsack(problem, problem.weights, np.geomspace(0.1, 3, 20)), *random_vectors(problem.space, n, rng)]:
+        if len(tape) < n: tape.measure(a)
+    start = time.process_time()
+    for _ in range(repeats): structured_step(problem, tape, [0.3, 0.5, 0.7], rng)
+    return (time.process_time() - start)/repeats
+
+# %% ../nbs/03_search.ipynb #dd819ebd
+def front_evaluations(seeds: dict[str, list], method: str, regret: float) -> dict:
+    "Evaluations after which the front's mean regret is at most `regret`: quartiles over seeds, None where it never is."
+    first = lambda c: float(np.flatnonzero(np.array(c) <= regret + 1e-12)[0] + 1) if min(c) <= regret + 1e-12 else float("inf")
+    return quartiles([first(s["regret"]) for s in seeds[method]])
+
+def search_claims(artifact: Artifact, ours: str = "structured") -> dict[str, dict]:
+    "Claims of stage `compare`, id -> value, spread (interval or quartiles), note. A value of None: not reached within the cap."
+    r, seeds = artifact.results, json.loads(artifact.file("seeds.json").read_text())
+    m, cap = r["methods"], r["cap"]
+    to = lambda k: (m[k]["1pct"]["middle"]["median"], [m[k]["1pct"]["middle"][q] for q in ("low", "high")])
+    rivals = [k for k in m if k not in ("paper", ours)]
+    best = min(rivals, key=lambda k: (cap + 1 if to(k)[0] is None else to(k)[0], -m[k]["1pct"]["middle"]["solved"]))
+    claim = lambda value, spread, note: dict(value=value, spread=spread, note=note, source=f"stage compare, {r['source']}")
+    evals = lambda k: claim(*to(k), f"{k}: median over {m[k]['seeds']} seeds and the middle eps; {m[k]['1pct']['middle']['solved']:.0%} solved within {cap}")
+    regret = lambda k: claim(m[k]["regret"]["median"], [m[k]["regret"][q] for q in ("low", "high")], f"{k}: {m[k]['evaluations']} evaluations for {len(r['eps'])} eps")
+    reach = front_evaluations(seeds, ours, m["paper"]["regret"]["median"])
+    return {"search.evals_1pct_ours": evals(ours), "search.evals_1pct_paper": evals("paper"), "search.evals_1pct_best_rival": evals(best),
+            "search.front_evals_ours": claim(reach["median"], [reach["low"], reach["high"]], f"evaluations until the front's regret is the paper's after {m['paper']['evaluations']}"),
+            "search.front_regret_ours": regret(ours), "search.front_regret_paper": regret("paper"),
+            "search.step_cpu_s_38x5": claim(r["step_38x5"], None, "at 200 evaluations"), "search.truth_size": claim(r["size"], None, "architectures measured")}
+
+def plot_fronts(artifact: Artifact):
+    "Mean regret of the front over eps against evaluations: median and quartiles over seeds, every method."
+    import matplotlib.pyplot as plt
+    from tocsr.plots import style
+    with style():
+        fig, ax = plt.subplots(figsize=(4.2, 2.8))
+        for method, seeds in json.loads(artifact.file("seeds.json").read_text()).items():
+            n = max(len(s["regret"]) for s in seeds)
+            low, mid, high = 100*np.quantile([s["regret"] + s["regret"][-1:]*(n - len(s["regret"])) for s in seeds], [0.25, 0.5, 0.75], axis=0); k = np.arange(1, n + 1)
+            ax.plot(k, mid, color=METHOD_COLORS[method], label=method); ax.fill_between(k, low, high, color=METHOD_COLORS[method], alpha=0.15, linewidth=0)
+        ax.set(xlabel="evaluations for the whole grid", ylabel="mean excess over the optimum, %", xscale="log"); ax.legend(fontsize=6)
     return fig
 
 # %% ../nbs/03_search.ipynb #d5bb5b74

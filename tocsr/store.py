@@ -219,7 +219,7 @@ class Stage:
     data: bool                    # reads photographs
 
 # %% ../nbs/tools/01_store.ipynb #f5edbf7f
-MODULES = dict(autoencoder="expansion", teacher="expansion", surrogates="surrogates", search="search", compact="search",
+MODULES = dict(autoencoder="expansion", teacher="expansion", surrogates="surrogates", truth="truth", search="search", compare="search", compact="search",
                adapt="adapt", onestep="onestep", ablations="ablations",
                compact_study="ablations", fidelity_rank="ablations")  # stage -> module that registers it
 _registry: dict[str, Stage] = {}
