@@ -27,7 +27,7 @@ def test_a_folder_of_configurations_is_enough(folder):
     assert r.exit_code == 0, r.stderr
     plan = json.loads(r.stdout)
     assert plan["teacher"] == str(folder) and plan["rate"] == "stated" and not plan["misfits"]
-    assert [s["stage"] for s in plan["stages"]][:4] == ["autoencoder", "teacher", "surrogates", "search"]
+    assert [s["stage"] for s in plan["stages"]][:5] == ["autoencoder", "teacher", "surrogates", "truth", "search"]
     assert plan["hours"] == pytest.approx(sum(s["hours"] for s in plan["stages"])) and all(s["memory_gib"] > 0 and s["pflops"] > 0 for s in plan["stages"])
 
 

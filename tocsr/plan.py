@@ -17,6 +17,7 @@ from .diffusion import unet_config
 from .latents import LowResAutoencoder
 from .profiles import Profile
 from .surrogates import PAPER_ARCHITECTURE, Architecture, Library, StageError, StagedUNet, assemble, cut, options, owners, surrogate_library, trace
+from .truth import declare
 
 # %% auto #0
 __all__ = ['TRAINING_BYTES', 'EMA_BYTES', 'WEIGHT_BYTES', 'PlanError', 'bare_teacher', 'bare_autoencoder', 'activation_bytes',
@@ -126,7 +127,7 @@ class _Call(nn.Module):
 class StagePlan:
     "Cost of one stage."
     stage: str
-    steps: int                    # optimiser steps, all networks together; evaluations in the search
+    steps: int                    # optimiser steps, all networks together; architectures in `truth` and `search`
     batch: int                    # per process
     pflops: float                 # of the process that works longest, in 10^15 operations
     memory_gib: float             # of the fullest process
@@ -169,13 +170,15 @@ def make_plan(
         if not v > 0: raise PlanError(f"{name} must be positive, got {v}")
     parts, library, net = count_parts(profile, teacher)
     rows = []
-    for stage, steps, batch, macs, params_bytes, kept in _work(profile, parts, library, gpus):
+    try: subspace = declare(net, library, profile.search.truth).size
+    except StageError as e: raise PlanError(f"search.truth of profile {profile.name} does not fit this teacher: {e}") from e
+    for stage, steps, batch, macs, params_bytes, kept in _work(profile, parts, library, gpus, subspace):
         free, fixed = gpu_memory_gib*2**30 - params_bytes, params_bytes/2**30
         rows.append(StagePlan(stage, steps, batch, 2*macs/1e15, fixed + batch*kept/2**30, 2*macs/(tflops*1e12)/3600, max(0, int(free//kept))))
     t = parts["teacher"]
     return Plan(str(teacher or f"shape of profile {profile.name}"), profile.name, t.params/1e6, t.macs/1e9, gpus, gpu_memory_gib, tflops, rate, tuple(rows))
 
-def _work(p: Profile, parts: dict[str, Part], library: Library, gpus: int):
+def _work(p: Profile, parts: dict[str, Part], library: Library, gpus: int, subspace: int):
     "Per stage: name, steps, batch, MACs of the busiest process, bytes that do not grow with the batch, bytes per sample."
     T, C, E, D, H = (parts[k] for k in ("teacher", "compact", "encoder", "decoder", "features"))
     full, ema = TRAINING_BYTES + EMA_BYTES, lambda part: (TRAINING_BYTES + EMA_BYTES)*part.params
@@ -190,6 +193,7 @@ def _work(p: Profile, parts: dict[str, Part], library: Library, gpus: int):
     weights, trained = WEIGHT_BYTES*(T.params + sum(parts[n].params for n in names)), max(sum(q.params for q in l) for l in loads)
     yield ("surrogates", s.steps, s.batch, s.steps*s.batch*(3*own + T.macs), weights + (TRAINING_BYTES - WEIGHT_BYTES)*trained,
            H.kept + max(parts[n].kept for n in names))            # one surrogate's graph at a time
+    yield "truth", subspace, p.search.fidelity_batch, subspace*p.search.truth_latents*T.macs, weights, H.kept
     n = len(p.search.eps)*p.search.iterations
     yield "search", n, p.search.fidelity_batch, n*p.search.fidelity_samples*T.macs, weights, H.kept
     yield "compact", 2*c.steps, c.batch, c.steps*c.batch*(6*C.macs + T.macs), ema(C) + WEIGHT_BYTES*T.params, C.kept

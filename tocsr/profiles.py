@@ -152,7 +152,7 @@ class AblationConfig:
 @dataclass(frozen=True)
 class StudyConfig:
     "Rivals of the compact backbone at equal parameters and steps, and the rank of f_acc (ours)."
-    steps: int = 48               # of every network
+    steps: int = 96               # of every network
     batch: int = 32
     lr: float = 5e-4
     ema: float = 0.995
@@ -162,7 +162,7 @@ class StudyConfig:
     samples: int = 24             # pictures sampled from equal noise
     sample_steps: int = 16
     rank_architectures: int = 20  # tuned alike for the rank correlation
-    rank_steps: int = 14
+    rank_steps: int = 20
     rank_batch: int = 16
     rank_latents: int = 32        # held-out latents that judge them
 
