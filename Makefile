@@ -21,7 +21,7 @@ install = -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 # once, and again when the requirements change
 $(VENV)/.installed: pyproject.toml constraints.txt
-	$(call timed,install,$(call venv,$(VENV)) && $(VENV)/bin/python $(install) -e '.[dev]' && touch $@)
+	$(call timed,install,$(call venv,$(VENV)) && $(VENV)/bin/python $(install) -e '.[dev,metrics,search]' && touch $@)
 
 reproduce: $(VENV)/.installed
 	@$(VENV)/bin/tocsr reproduce --profile $(PROFILE)
@@ -36,7 +36,7 @@ test: test-install test-export test-notebooks test-pytest test-wheel
 	@printf '\nall tests passed\n'
 
 test-install:
-	$(call timed,clean environment,rm -rf $(T) && mkdir -p $(T) && $(call venv,$(T)/venv) && $(PY) $(install) -e '.[dev]')
+	$(call timed,clean environment,rm -rf $(T) && mkdir -p $(T) && $(call venv,$(T)/venv) && $(PY) $(install) -e '.[dev,metrics,search,onnx]')
 
 test-export: COPY = $(T)/export
 test-export:

@@ -22,7 +22,7 @@ from .degradations import imresize
 from .diffusion import ddim_sample, predict_clean
 from .expansion import shipped_hash, load_teacher, shipped
 from .latents import LatentCodec, ResidualBlock, load_codec, save_codec
-from .metrics import lite0
+from .metrics import WeightsError, available, lite0
 from .runtime import pick_device
 from .training import fit, step_generator
 
@@ -91,6 +91,7 @@ class Features(nn.Module):
     CHANNELS = (16, 24, 40, 112)
     def __init__(self, device: str = "cpu"):
         super().__init__()
+        if why := available(("fd_lite0",))["fd_lite0"]: raise WeightsError(f"the feature and adversarial terms need EfficientNet-lite0: {why}; or set onestep.feature and onestep.adversarial to 0")
         self.net = lite0(device).requires_grad_(False)
 
     def forward(self, x: Tensor) -> list[Tensor]:
