@@ -17,11 +17,13 @@ timed = @printf '\n== %s\n' '$(1)'; start=$$(date +%s); { $(2); } && printf '== 
 # $(call venv,folder): a virtual environment, or what is missing for one
 venv = { test -n '$(PYTHON)' || { echo 'no Python 3.11-3.13 with venv found: apt install python3-venv, or give PYTHON=/path/to/python'; exit 1; }; } \
 	&& { test -x $(1)/bin/python || '$(PYTHON)' -m venv $(1); }
+# what notebooks and tests need; a variable, for a comma would end an argument of $(call)
+EXTRAS = dev,metrics,search
 install = -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 # once, and again when the requirements change
 $(VENV)/.installed: pyproject.toml constraints.txt
-	$(call timed,install,$(call venv,$(VENV)) && $(VENV)/bin/python $(install) -e '.[dev,metrics,search]' && touch $@)
+	$(call timed,install,$(call venv,$(VENV)) && $(VENV)/bin/python $(install) -e '.[$(EXTRAS)]' && touch $@)
 
 reproduce: $(VENV)/.installed
 	@$(VENV)/bin/tocsr reproduce --profile $(PROFILE)
@@ -36,7 +38,7 @@ test: test-install test-export test-notebooks test-pytest test-wheel
 	@printf '\nall tests passed\n'
 
 test-install:
-	$(call timed,clean environment,rm -rf $(T) && mkdir -p $(T) && $(call venv,$(T)/venv) && $(PY) $(install) -e '.[dev,metrics,search,onnx]')
+	$(call timed,clean environment,rm -rf $(T) && mkdir -p $(T) && $(call venv,$(T)/venv) && $(PY) $(install) -e '.[$(EXTRAS),onnx]')
 
 test-export: COPY = $(T)/export
 test-export:

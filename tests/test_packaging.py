@@ -68,7 +68,7 @@ def test_conda_and_pip_agree():
     python = {p.split()[0]: p.split(maxsplit=1)[1:] for p in plain}
     assert set(python) == {"python", "pip"} and python["python"] == [PROJECT["project"]["requires-python"]]
     make = (ROOT/"Makefile").read_text()
-    assert by_pip == ["-c constraints.txt", "-e .[dev,metrics,search]"] and "-c constraints.txt" in make and "-e '.[dev,metrics,search]'" in make, "both ways install the same"
+    assert by_pip == ["-c constraints.txt", "-e .[dev,metrics,search]"] and "-c constraints.txt" in make and "EXTRAS = dev,metrics,search\n" in make and "-e '.[$(EXTRAS)]'" in make, "both ways install the same"
 
 
 def test_one_version():
