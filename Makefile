@@ -19,6 +19,7 @@ venv = { test -n '$(PYTHON)' || { echo 'no Python 3.11-3.13 with venv found: apt
 	&& { test -x $(1)/bin/python || '$(PYTHON)' -m venv $(1); }
 # what notebooks and tests need; a variable, for a comma would end an argument of $(call)
 EXTRAS = dev,metrics,search
+TESTED = $(EXTRAS),onnx
 install = -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 # once, and again when the requirements change
@@ -38,7 +39,7 @@ test: test-install test-export test-notebooks test-pytest test-wheel
 	@printf '\nall tests passed\n'
 
 test-install:
-	$(call timed,clean environment,rm -rf $(T) && mkdir -p $(T) && $(call venv,$(T)/venv) && $(PY) $(install) -e '.[$(EXTRAS),onnx]')
+	$(call timed,clean environment,rm -rf $(T) && mkdir -p $(T) && $(call venv,$(T)/venv) && $(PY) $(install) -e '.[$(TESTED)]')
 
 test-export: COPY = $(T)/export
 test-export:
