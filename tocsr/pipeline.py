@@ -4,14 +4,16 @@
 
 # %% ../nbs/tools/13_pipeline.ipynb #6a96e68f
 from __future__ import annotations
-import json, re, subprocess, sys, tempfile
+import json, logging, re, subprocess, sys, tempfile
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np, torch
 from PIL import Image
 from torch import Tensor
-from diffusers.utils import BaseOutput
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it comes with pyiqa and warns, when imported, of a kernel that nothing here uses
+from diffusers.utils import BaseOutput, logging as diffusers_logging
 from .adapt import start_noise, upsample
 from .complexity import count_macs, count_params
 from .degradations import imresize
@@ -140,7 +142,7 @@ class TOCSRPipeline:
         "From a folder of `save_pretrained` or a name on the Hugging Face hub; None: the weights that the library ships. Raises `StoreError` for what is no model."
         folder = model_folder(folder, revision)
         if (vae := folder/"vae"/_VAE).is_file(): read_weights(vae)       # damaged? then say so before diffusers does, at length
-        generator, config = load_generator(folder)
+        with _quiet(): generator, config = load_generator(folder)
         if vae.is_file(): load_weights(vae, generator.codec.model)      # diffusers only warns of missing tensors
         return cls(generator, config["scale"], config["coarse"], config["about"])
 
@@ -211,8 +213,16 @@ class TOCSRPipeline:
         size = tuple(max(1, round(n*factor)) for n in (h, w))
         return sr if size == sr.shape[-2:] else imresize(sr, size=size).clamp_(-1, 1)
 
-# %% ../nbs/tools/13_pipeline.ipynb #6441926e
+# %% ../nbs/tools/13_pipeline.ipynb #6ac2a7e4
 _VAE = "diffusion_pytorch_model.safetensors"   # diffusers' name
+
+@contextmanager
+def _quiet():
+    "diffusers without its warnings."
+    level = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()
+    try: yield
+    finally: diffusers_logging.set_verbosity(level)
 
 def model_folder(source: str | Path | None, revision: str | None = None) -> Path:
     "The folder of a model: the shipped one, a local one, or a copy from the hub; raises `StoreError` when there is none."
@@ -252,19 +262,29 @@ def model_info(pipe: TOCSRPipeline) -> ModelInfo:
     return ModelInfo(pipe.scale, MULTIPLE//pipe.scale, TILE, OVERLAP, "any" if pipe.about.get("multistep") else "1", pipe.coarse, str(a or "not a staged UNet"), a.options if a else (), g.codec.channels,
                      count_params(g), count_params(g.unet), macs/TILE**2, pipe.about.get("licence", "not stated by the model"), pipe.about)
 
-# %% ../nbs/tools/13_pipeline.ipynb #bc9c48c5
+# %% ../nbs/tools/13_pipeline.ipynb #4416466b
+def _borders(n: int, tile: int, overlap: int) -> list[int]:
+    "Lines inside n pixels where a tile begins or ends."
+    return sorted({b for a in tile_starts(n, tile, overlap) for b in (a, a + tile) if 0 < b < n})
+
+def _step(x: Tensor, rows: list[int], columns: list[int]) -> float:
+    "Mean step of (3, h, w) across these rows and columns; 0 without any."
+    across = [(x[:, r] - x[:, r - 1]).abs().mean() for r in rows] + [(x[..., c] - x[..., c - 1]).abs().mean() for c in columns]
+    return torch.stack(across).mean().item() if across else 0.0
+
 def tile_difference(
     pipe: TOCSRPipeline,
     image,                        # one picture, see `as_tensors`
-    **call,                       # tile, overlap and what else the call takes
-) -> dict:                        # grey levels of 255: max, p999, mean; and seam, the largest step that only tiling makes
+    tile: int = TILE, overlap: int = OVERLAP,
+    **call,                       # what else the call takes, except `scale`
+) -> dict:                        # max, p999 and mean in grey levels of 255; seam: ratio of steps across tile borders, 1 without seams
     "How far the tiled result of one picture is from its untiled one."
-    whole, cut_up = (pipe(image, **(call | tile), output_type="pt").images[0] for tile in (dict(tile=None), {}))
-    d = (cut_up - whole).mul_(127.5)
-    steps = max(d.diff(dim=i).abs().max().item() for i in (-1, -2))
-    d.abs_()
-    rank = max(1, d.numel()//1000)
-    return dict(max=d.max().item(), p999=d.flatten().topk(rank).values[-1].item(), mean=d.mean().item(), seam=steps)
+    whole, cut_up = (pipe(image, tile=t, overlap=overlap, output_type="pt", **call).images[0] for t in (None, tile))
+    s, sides = pipe.scale, whole.shape[-2:]
+    lines = [[b for b in _borders(-(-n//MULTIPLE)*MULTIPLE, tile*s, overlap*s) if b < n] for n in sides]
+    untiled, steps = _step(whole, *lines), _step(cut_up, *lines)
+    d = cut_up.sub_(whole).mul_(127.5).abs_()
+    return dict(max=d.max().item(), p999=d.flatten().topk(max(1, d.numel()//1000)).values[-1].item(), mean=d.mean().item(), seam=steps/untiled if untiled else 1.0)
 
 # %% ../nbs/tools/13_pipeline.ipynb #d387c676
 _CHILD = """

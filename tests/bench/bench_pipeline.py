@@ -52,7 +52,7 @@ def by_tile(pipe) -> list[dict]:
     image, rows = photograph(SIDE), []
     for tile, overlap in TILES:
         t = time.perf_counter(); pipe(image, tile=tile, overlap=overlap, output_type="np"); t = time.perf_counter() - t
-        rows.append(dict(tile=tile, overlap=overlap, default=(tile, overlap) == (TILE, OVERLAP), seconds=t, **tile_difference(pipe, image, tile=tile, overlap=overlap)))
+        rows.append(dict(tile=tile, overlap=overlap, default=(tile, overlap) == (TILE, OVERLAP), seconds=t, **tile_difference(pipe, image, tile, overlap)))
         print(rows[-1], flush=True)
     return rows
 
