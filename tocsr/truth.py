@@ -273,7 +273,7 @@ def ordered_share(errors: Tensor, t: Tensor, rows: np.ndarray) -> dict:  # (arch
     z = d.mean(1)/standard_error(d, t).clamp_min(1e-30)
     return dict(pairs=len(d), share=(z > CERTAIN).double().mean().item())
 
-# %% ../nbs/tools/16_truth.ipynb #d4264aff
+# %% ../nbs/tools/16_truth.ipynb #1c383ac4
 @dataclass(frozen=True)
 class Parts:
     "What stages *teacher* and *surrogates* left, loaded and checked."
@@ -293,33 +293,33 @@ def load_parts(profile, up: dict[str, Artifact], n: int, stream: int = 31) -> Pa
     with torch.no_grad(): z = torch.cat([codec.encode(b.to(device)) for b in x.split(profile.search.fidelity_batch)])
     return Parts(teacher, library, source.schedule, z)
 
-def measure_chunks(run: Run, parts: Parts, space: Subspace, probe: Probe) -> tuple[Tensor, float]:  # (2, size, n), seconds of all chunks
+def measure_chunks(run: Run, parts: Parts, space: Subspace, probe: Probe) -> tuple[Tensor, float]:  # (2, size, n), processor seconds of all chunks
     "The whole table, chunk by chunk; chunks that an earlier attempt left on disk are read."
     heads = list(itertools.product(*(range(n) for n in space.counts[:len(space.counts)//2])))
     out, start, fresh = [], time.monotonic(), 0
     for i, head in enumerate(heads):
         path = run.scratch/f"chunk-{'-'.join(map(str, head))}.safetensors"
         if not path.is_file():
-            begin = time.monotonic()
+            begin = time.process_time()
             errors = walk_errors(parts.teacher, parts.library, space, probe, head)
-            save_weights(path, dict(errors=errors, seconds=torch.tensor(time.monotonic() - begin))); fresh += 1
+            save_weights(path, dict(errors=errors, seconds=torch.tensor(time.process_time() - begin))); fresh += 1
             if fresh in (1, 4) or i % 16 == 0: run.log(f"chunk {i + 1} of {len(heads)}; about {(time.monotonic() - start)/fresh*(len(heads) - i - 1)/60:.1f} minutes left")
         out.append(read_weights(path))
     return torch.cat([c["errors"] for c in out], dim=1), sum(c["seconds"].item() for c in out)
 
 @torch.no_grad()
 def seconds_alone(parts: Parts, space: Subspace, probe: Probe, errors: Tensor, n: int = 12) -> float:
-    "Mean seconds of measuring `n` random architectures one by one; raises `StageError` when one differs from the walk's value."
+    "Mean processor seconds of measuring `n` random architectures one by one; raises `StageError` when one differs from the walk's value."
     rows, spent = np.random.default_rng(0).choice(space.size, min(n, space.size), replace=False), 0.0
     for r in rows:
-        net, start = assemble(parts.teacher, parts.library, space.architecture(np.unravel_index(r, space.counts))), time.perf_counter()
+        net, start = assemble(parts.teacher, parts.library, space.architecture(np.unravel_index(r, space.counts))), time.process_time()
         alone = torch.cat([b.errors(net(b.z_t, b.t, null_context(net, len(b.t))).sample) for b in probe.batches(64)], dim=1).cpu()
-        spent += time.perf_counter() - start
+        spent += time.process_time() - start
         if not torch.allclose(alone[0], errors[0, r], rtol=1e-2, atol=1e-6*probe.power):
             raise StageError(f"the walk gives {errors[0, r].mean():.6g} for {net.architecture}, the network itself {alone[0].mean():.6g}")
     return spent/len(rows)
 
-# %% ../nbs/tools/16_truth.ipynb #37a87e33
+# %% ../nbs/tools/16_truth.ipynb #3ca67b2f
 @stage("truth", upstream=("teacher", "surrogates"),
        config=lambda p: (p.search.truth, p.search.truth_latents, p.search.truth_swap_latents, p.surrogates.calibration_share, p.seed))
 def run_truth(run: Run) -> dict:
@@ -340,7 +340,7 @@ def run_truth(run: Run) -> dict:
     meta = _provenance(run, parts, space, probe, gap) | dict(teacher_ratio=ratio["mean"], seconds=seconds, seconds_alone=alone, saving=alone*space.size/seconds, front=front)
     save_weights(run.dir/"truth.safetensors", tensors, truth=json.dumps(meta))
     save_weights(run.dir/"errors.safetensors", dict(errors=errors, t=t))
-    run.log(f"{seconds:.0f} s, one by one {meta['saving']:.1f} times that; {front['share']:.0%} of {front['pairs']} pairs on the front are ordered")
+    run.log(f"{seconds:.0f} processor seconds, one by one {meta['saving']:.1f} times that; {front['share']:.0%} of {front['pairs']} pairs on the front are ordered")
     return meta | dict(size=space.size)
 
 def pick_costs(space: Subspace, table: Tensor) -> np.ndarray:  # (size,)
