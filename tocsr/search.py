@@ -394,7 +394,7 @@ def one_hot(space: SearchSpace, X) -> torch.Tensor:  # (n, stages) -> (n, option
     return torch.as_tensor(np.concatenate([X[:, s, None] == np.arange(n) for s, n in enumerate(space.counts)], axis=1), dtype=torch.double)
 
 def fit_botorch(model, iterations: int = 50):
-    "Maximum a posteriori of a `SingleTaskGP` with its default kernel and priors: `fit_gpytorch_mll`'s objective with a closed-form gradient in log-parameters, some thirty times as fast."
+    "Maximum a posteriori of a `SingleTaskGP` with its default kernel and priors: `fit_gpytorch_mll`'s objective with a closed-form gradient in log-parameters."
     Z, y = model.train_inputs[0].numpy(), model.train_targets.numpy()
     n, d = Z.shape
     D = ((Z[:, None] - Z[None])**2).reshape(n*n, d)
@@ -1052,7 +1052,7 @@ def run_until(method: str, problem: Problem, e: float, optimum: float, budget: i
         if np.isfinite(evaluations_to(best_so_far(problem, done, e), optimum)) or len(done) == before: break
     return done
 
-# %% ../nbs/03_search.ipynb #be66de0d
+# %% ../nbs/03_search.ipynb #0fe5d5f7
 SHARING = ("structured", "additive", "cross", "greedy")   # one run serves the grid: the front's small budget
 SLOW = ("paper", "tpe")           # fit a model from scratch at every step: fewer seeds where the profile says so
 
@@ -1063,11 +1063,12 @@ def compare_seed(method: str, problem: Problem, grid: Sequence[float], optimum: 
     front = run_method(method, problem, grid, n*len(grid) if per_eps or method not in SHARING else cfg.compare_front, seed, initial=cfg.initial)
     seconds = (time.process_time() - start)/max(1, len(front))
     single = [[d for d in front if d.run == f"eps={e:.9g}"] for e in grid] if per_eps else [run_until(method, problem, e, o, n, seed, cfg.initial) for e, o in zip(grid, optimum)]
-    to = lambda within: [evaluations_to(best_so_far(problem, done, e), o, within) if done else float("inf") for done, e, o in zip(single, grid, optimum)]
+    first = lambda done, e, o, within: evaluations_to(best_so_far(problem, done, e), o, within) if done else float("inf")
+    to = lambda within: [int(k) if np.isfinite(k := first(done, e, o, within)) else None for done, e, o in zip(single, grid, optimum)]   # None: never
     regret, missing = front_curves(problem, front, grid, optimum, top, whole)
     return dict(to_1pct=to(0.01), to_5pct=to(0.05), regret=regret.tolist(), missing=missing.tolist(), step_s=seconds)
 
-# %% ../nbs/03_search.ipynb #8c99e0bc
+# %% ../nbs/03_search.ipynb #f1834d58
 @stage("compare", config=lambda p: (p.search, _table_key(p), p.seed), data=False)
 def run_compare(run: Run) -> dict:
     "Every method on the truth table over fresh seeds; writes seeds.json with all runs, returns medians and intervals. A killed run goes on with the next seed."
@@ -1084,12 +1085,14 @@ def run_compare(run: Run) -> dict:
     for m in methods:
         for seed in range(cfg.compare_seeds_slow if m in SLOW else cfg.compare_seeds):
             path = run.scratch/f"{m}-{seed}.json"
-            if not path.is_file(): write_json(path, compare_seed(m, table_problem(table, np.random.default_rng([run.profile.seed, 17, seed])), grid, optimum, cfg, 1000*run.profile.seed + seed, top, hypervolume(C, G, top)))
+            if not path.is_file():
+                problem = table_problem(table, np.random.default_rng([run.profile.seed, 17, seed]))
+                write_json(path, compare_seed(m, problem, grid, optimum, cfg, 1000*run.profile.seed + seed, top, hypervolume(C, G, top)))
             out.setdefault(m, []).append(json.loads(path.read_text()))
         run.log(f"{m}: {len(out[m])} seeds, {1e3*np.mean([s['step_s'] for s in out[m]]):.0f} ms per step, front regret {np.median([s['regret'][-1] for s in out[m]]):.2%}")
     write_json(run.dir/"seeds.json", out)
-    return dict(source=source, size=len(table), unit=unit, eps=list(cfg.compare_eps), optimum=optimum.tolist(), swaps=int(sum(table.space.counts) - len(table.space.counts)), cap=cfg.compare_iterations, front_budget=cfg.compare_front,
-                methods={m: summary(s, cfg.compare_iterations) for m, s in out.items()}, left_out={m: absent(m) for m in METHODS if absent(m)}, step_38x5=step_seconds())
+    return dict(source=source, size=len(table), unit=unit, eps=list(cfg.compare_eps), optimum=optimum.tolist(), swaps=len(swap_vectors(table.space)),
+                cap=cfg.compare_iterations, front_budget=cfg.compare_front, methods={m: summary(s, cfg.compare_iterations) for m, s in out.items()}, left_out={m: absent(m) for m in METHODS if absent(m)}, step_38x5=step_seconds())
 
 # %% ../nbs/03_search.ipynb #bd10e356
 def quartiles(values: Sequence[float]) -> dict:

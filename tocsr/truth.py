@@ -27,7 +27,8 @@ from .training import step_generator
 # %% auto #0
 __all__ = ['DEEPEST', 'QUANTITIES', 'CERTAIN', 'Subspace', 'declare', 'Probe', 'standard_error', 'Walk', 'walk_errors',
            'cost_tables', 'swap_vectors', 'swap_products', 'TruthTable', 'shipped_truth', 'load_truth', 'ship_truth',
-           'pareto', 'ordered_share', 'Parts', 'load_parts', 'measure_chunks', 'seconds_alone', 'run_truth']
+           'pareto', 'ordered_share', 'Parts', 'load_parts', 'measure_chunks', 'seconds_alone', 'run_truth',
+           'pick_costs']
 
 # %% ../nbs/tools/16_truth.ipynb #bfe14bf7
 DEEPEST = "deepest"               # E4, Mid and D4 as one stage
@@ -272,7 +273,7 @@ def ordered_share(errors: Tensor, t: Tensor, rows: np.ndarray) -> dict:  # (arch
     z = d.mean(1)/standard_error(d, t).clamp_min(1e-30)
     return dict(pairs=len(d), share=(z > CERTAIN).double().mean().item())
 
-# %% ../nbs/tools/16_truth.ipynb #09027ffb
+# %% ../nbs/tools/16_truth.ipynb #1c383ac4
 @dataclass(frozen=True)
 class Parts:
     "What stages *teacher* and *surrogates* left, loaded and checked."
@@ -292,33 +293,35 @@ def load_parts(profile, up: dict[str, Artifact], n: int, stream: int = 31) -> Pa
     with torch.no_grad(): z = torch.cat([codec.encode(b.to(device)) for b in x.split(profile.search.fidelity_batch)])
     return Parts(teacher, library, source.schedule, z)
 
-def measure_chunks(run: Run, parts: Parts, space: Subspace, probe: Probe) -> tuple[Tensor, float]:  # (2, size, n), seconds of all chunks
+def measure_chunks(run: Run, parts: Parts, space: Subspace, probe: Probe) -> tuple[Tensor, float]:  # (2, size, n), processor seconds of all chunks
     "The whole table, chunk by chunk; chunks that an earlier attempt left on disk are read."
     heads = list(itertools.product(*(range(n) for n in space.counts[:len(space.counts)//2])))
     out, start, fresh = [], time.monotonic(), 0
     for i, head in enumerate(heads):
         path = run.scratch/f"chunk-{'-'.join(map(str, head))}.safetensors"
         if not path.is_file():
-            begin = time.monotonic()
+            begin = time.process_time()
             errors = walk_errors(parts.teacher, parts.library, space, probe, head)
-            save_weights(path, dict(errors=errors, seconds=torch.tensor(time.monotonic() - begin))); fresh += 1
+            save_weights(path, dict(errors=errors, seconds=torch.tensor(time.process_time() - begin))); fresh += 1
             if fresh in (1, 4) or i % 16 == 0: run.log(f"chunk {i + 1} of {len(heads)}; about {(time.monotonic() - start)/fresh*(len(heads) - i - 1)/60:.1f} minutes left")
         out.append(read_weights(path))
     return torch.cat([c["errors"] for c in out], dim=1), sum(c["seconds"].item() for c in out)
 
 @torch.no_grad()
 def seconds_alone(parts: Parts, space: Subspace, probe: Probe, errors: Tensor, n: int = 12) -> float:
-    "Mean seconds of measuring `n` random architectures one by one; raises `StageError` when one differs from the walk's value."
+    "Mean processor seconds of measuring `n` random architectures one by one; raises `StageError` when one differs from the walk's value."
     rows, spent = np.random.default_rng(0).choice(space.size, min(n, space.size), replace=False), 0.0
     for r in rows:
-        net, start = assemble(parts.teacher, parts.library, space.architecture(np.unravel_index(r, space.counts))), time.perf_counter()
+        net, start = assemble(parts.teacher, parts.library, space.architecture(np.unravel_index(r, space.counts))), time.process_time()
         alone = torch.cat([b.errors(net(b.z_t, b.t, null_context(net, len(b.t))).sample) for b in probe.batches(64)], dim=1).cpu()
-        spent += time.perf_counter() - start
-        if not torch.allclose(alone[0], errors[0, r], rtol=1e-2, atol=1e-6*probe.power): raise StageError(f"the walk gives {errors[0, r].mean():.6g} for {net.architecture}, the network itself {alone[0].mean():.6g}")
+        spent += time.process_time() - start
+        if not torch.allclose(alone[0], errors[0, r], rtol=1e-2, atol=1e-6*probe.power):
+            raise StageError(f"the walk gives {errors[0, r].mean():.6g} for {net.architecture}, the network itself {alone[0].mean():.6g}")
     return spent/len(rows)
 
-# %% ../nbs/tools/16_truth.ipynb #ec88ae4a
-@stage("truth", upstream=("teacher", "surrogates"), config=lambda p: (p.search.truth, p.search.truth_latents, p.search.truth_swap_latents, p.surrogates.calibration_share, p.seed))
+# %% ../nbs/tools/16_truth.ipynb #3ca67b2f
+@stage("truth", upstream=("teacher", "surrogates"),
+       config=lambda p: (p.search.truth, p.search.truth_latents, p.search.truth_swap_latents, p.surrogates.calibration_share, p.seed))
 def run_truth(run: Run) -> dict:
     "f_acc of every architecture of the declared subspace; writes truth.safetensors (what ships) and errors.safetensors (per latent)."
     cfg, rows, ratio = run.profile.search, run.up["surrogates"].results["rows"], run.up["teacher"].results["ratio"]
@@ -333,23 +336,28 @@ def run_truth(run: Run) -> dict:
     gap, t = errors[0].double().mean(1), probe.t.cpu()
     tensors = dict(gap=gap.float(), gap_se=standard_error(errors[0].double(), t).float(), excess=_excess(errors[1], t, ratio["linear_error"]), products=products)
     tensors |= (costs := cost_tables(parts.teacher, parts.library, space, parts.latents.shape[-1], rows))
-    vectors, params = space.vectors(), costs["params"].numpy()
-    front = pareto(params[np.arange(vectors.shape[1]), vectors].sum(1), gap.numpy())
-    meta = dict(options=space.options, teacher=parts.library.teacher_hash, library=_library_hash(parts.library), latents=cfg.truth_latents, swap_latents=cfg.truth_swap_latents,
-                seed=run.profile.seed, profile=run.profile.name, timesteps=torch.unique(t).tolist(), power=probe.power, teacher_ratio=ratio["mean"], teacher_params=architecture_params(parts.teacher, parts.library, parts.teacher.architecture),
-                paper_gap=_gap_of(space, gap, PAPER_ARCHITECTURE), seconds=seconds, seconds_alone=alone, saving=alone*space.size/seconds, front=ordered_share(errors[0], t, front),
-                machine=machine(), torch=torch.__version__, measured=time.strftime("%Y-%m-%d", time.gmtime()))
+    front = ordered_share(errors[0], t, pareto(pick_costs(space, costs["params"]), gap.numpy()))
+    meta = _provenance(run, parts, space, probe, gap) | dict(teacher_ratio=ratio["mean"], seconds=seconds, seconds_alone=alone, saving=alone*space.size/seconds, front=front)
     save_weights(run.dir/"truth.safetensors", tensors, truth=json.dumps(meta))
     save_weights(run.dir/"errors.safetensors", dict(errors=errors, t=t))
-    run.log(f"{seconds:.0f} s; one by one {alone*space.size:.0f} s ({meta['saving']:.1f} times as long); {meta['front']['share']:.0%} of {meta['front']['pairs']} pairs on the front are ordered")
+    run.log(f"{seconds:.0f} processor seconds, one by one {meta['saving']:.1f} times that; {front['share']:.0%} of {front['pairs']} pairs on the front are ordered")
     return meta | dict(size=space.size)
+
+def pick_costs(space: Subspace, table: Tensor) -> np.ndarray:  # (size,)
+    "Cost of every architecture from a table of options."
+    return table.numpy()[np.arange(len(space.counts)), space.vectors()].sum(1)
+
+def _provenance(run: Run, parts: Parts, space: Subspace, probe: Probe, gap: Tensor) -> dict:
+    "What the header says of a table's origin."
+    cfg, teacher = run.profile.search, parts.teacher
+    return dict(options=space.options, teacher=parts.library.teacher_hash, library=weights_hash(torch.nn.ModuleList(m for _, _, m in parts.library)),
+                latents=cfg.truth_latents, swap_latents=cfg.truth_swap_latents, seed=run.profile.seed, profile=run.profile.name, timesteps=torch.unique(probe.t).tolist(),
+                power=probe.power, teacher_params=architecture_params(teacher, parts.library, teacher.architecture), paper_gap=_gap_of(space, gap, PAPER_ARCHITECTURE),
+                machine=machine(), torch=torch.__version__, measured=time.strftime("%Y-%m-%d", time.gmtime()))
 
 def _excess(errors: Tensor, t: Tensor, linear: list[float]) -> Tensor:  # (size, n), (n,), (levels,) -> (size,)
     "Denoising error above row 0's, over the linear denoiser's held-out error, mean over noise levels."
     return torch.stack([(errors[:, t == k] - errors[:1, t == k]).mean(1)/e for k, e in zip(torch.unique(t), linear)]).mean(0).float()
-
-def _library_hash(library: Library) -> str:
-    return weights_hash(torch.nn.ModuleList(m for _, _, m in library))
 
 def _gap_of(space: Subspace, gap: Tensor, architecture: str) -> float | None:
     "f_acc of an architecture; None when the subspace lacks it."
