@@ -1,5 +1,6 @@
 "Stages, surrogates and their cost: the paper's numbers, any UNet, real checkpoint layouts, and errors that say what is wrong."
 import json
+import math
 import random
 import pytest
 import torch
@@ -317,3 +318,26 @@ def test_overhead_is_measured_without_training(nano):
     claim = overhead_claim(dict(overhead=cost, surrogates=2))
     assert claim["ours"] == cost["overhead"] and claim["spread"][0] <= claim["ours"] <= claim["spread"][1] and "bar 2.5" in claim["reason"]
     assert not any(p.requires_grad for _, _, m in few for p in m.parameters())
+
+
+def test_rivals_of_equal_size_at_sd15_shape():
+    "The narrowed teacher and the hand-made removal at the paper's budget, counted."
+    from tocsr.ablations import ladder_sizes, narrow_config
+    unet = sd15_unet(16)
+    budget = count_params(unet)/6.6
+    config = narrow_config({k: v for k, v in unet.config.items() if not k.startswith("_")}, budget)
+    assert all(w % config["norm_num_groups"] == 0 and w % 8 == 0 for w in config["block_out_channels"])
+    with torch.device("meta"): assert abs(math.log(count_params(UNet2DConditionModel.from_config(config))/budget)) < 0.05
+    sizes = ladder_sizes(cut(unet))
+    assert list(sizes.values()) == sorted(sizes.values(), reverse=True) and min(abs(math.log(n/budget)) for n in sizes.values()) < 0.1
+
+
+@pytest.mark.parametrize("name", ["three levels", "two levels", "uneven depth", "plain middle, scale and shift"])
+def test_the_hand_made_ladder_fits_any_unet(name):
+    from tocsr.ablations import hand_made, ladder_sizes
+    torch.manual_seed(0)
+    teacher = cut(UNet2DConditionModel(in_channels=4, out_channels=4, **UNETS[name]).eval())
+    sizes = ladder_sizes(teacher)
+    net = hand_made(teacher, min(sizes.values()))
+    assert count_params(net) == min(sizes.values()) == sizes[net.architecture] < count_params(teacher)
+    with torch.no_grad(): assert net(torch.randn(1, 4, 8, 8), 5, torch.randn(1, 3, teacher.config.cross_attention_dim)).sample.isfinite().all()

@@ -26,7 +26,7 @@ from .onestep import one_step
 from .runtime import pick_device
 from .search import as_architecture, as_vector, held_out_report, load_problem, random_vectors
 from .surrogates import (PAPER_ARCHITECTURE, REMOVED, Architecture, Library, StagedUNet, architecture_params, assemble, cut, feature_error, load_library,
-                              surrogate_library)
+                              removable, surrogate_library)
 from .training import fit, step_generator
 
 # %% auto #0
@@ -152,7 +152,8 @@ def hand_ladder(teacher: StagedUNet) -> list[Architecture]:
     L, shapes = teacher.levels, teacher.shapes
     pairs = lambda name, n: ("RA" if "A" in shapes[name].layout else "R")*min(n, shapes[name].layout.count("R"))
     a = teacher.architecture.swap(**{f"E{i}": pairs(f"E{i}", 1) for i in range(1, L + 1)}, **{f"D{i}": pairs(f"D{i}", 2) for i in range(1, L + 1)})
-    ladder = [a, a := a.swap(Mid=REMOVED), a := a.swap(**{f"E{L}": REMOVED, f"D{L}": REMOVED}), a := a.swap(**{f"D{i}": pairs(f"D{i}", 1) for i in range(1, L)})]
+    without = lambda a, *names: a.swap(**{n: REMOVED for n in names if n in removable(teacher)})
+    ladder = [a, a := without(a, "Mid"), a := without(a, f"E{L}", f"D{L}"), a := a.swap(**{f"D{i}": pairs(f"D{i}", 1) for i in range(1, L)})]
     for i in range(L - 1, 0, -1): ladder += [a := a.swap(**{f"E{i}": "R"}), a := a.swap(**{f"D{i}": "R"})]
     return list(dict.fromkeys(ladder))
 
