@@ -522,6 +522,8 @@ def bench_command(
     typer.echo(f"{machine()['cpu']}; median of {repeats} warm calls in turns, one image per call, LR tensor to SR tensor, autoencoder included, loading and files excluded\n\n{_columns_of(rows)}")
 
 # %% ../nbs/tools/14_cli.ipynb #14b00002
+from .upscale import FORMATS, MAX_MPIXEL, QUALITY
+
 def _device(name: str) -> torch.device:
     "The device of that name; raises `ChoiceError` when torch cannot use it here."
     try: device = pick_device(name); torch.empty(1, device=device)
@@ -582,10 +584,10 @@ def upscale(
     steps: Annotated[int, typer.Option(help="More than 1 only with a multi-step model.")] = 1,
     strength: Annotated[float, typer.Option(help="From 0, bicubic, to 1, the model's picture.")] = 1.0,
     model: Annotated[Optional[str], typer.Option(help="A model folder or a name on the Hugging Face hub; default the shipped weights.")] = None,
-    format: Annotated[Optional[str], typer.Option(help="jpeg, png, webp, tiff or bmp; default the input's.")] = None,
-    quality: Annotated[int, typer.Option(min=1, max=100, help="Of JPEG and WebP.")] = 95,
+    format: Annotated[Optional[str], typer.Option(help=f"One of {', '.join(FORMATS)}; default the input's.")] = None,
+    quality: Annotated[int, typer.Option(min=1, max=100, help="Of JPEG and WebP.")] = QUALITY,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are in the way.")] = False,
-    max_mpixel: Annotated[float, typer.Option(min=0.001, help="Refuse larger inputs, in million pixels.")] = 40,
+    max_mpixel: Annotated[float, typer.Option(min=0.001, help="Refuse larger inputs, in million pixels.")] = MAX_MPIXEL,
     as_json: Annotated[bool, typer.Option("--json", help="Print a line of JSON per picture and one for all.")] = False,
 ):
     "Enlarge pictures. Exit code 0: all done, 1: some failed, 2: wrong arguments, 130: interrupted."

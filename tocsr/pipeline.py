@@ -119,7 +119,7 @@ def tiled(
     return out
 
 # %% ../nbs/tools/13_pipeline.ipynb #0a7ca026
-TILE, OVERLAP = 128, 32           # LR pixels
+TILE, OVERLAP = 128, 16           # LR pixels
 
 @dataclass
 class UpscaleOutput(BaseOutput):

@@ -19,10 +19,10 @@ from .images import ImageError, _to_rgb, to_tensor
 from .store import config_hash, file_hash, write_atomic
 
 # %% auto #0
-__all__ = ['FORMATS', 'READABLE', 'MAX_MPIXEL', 'ORIENTATION', 'EXIF_IFD', 'GPS_IFD', 'EXIF_SIZE', 'Upscale', 'LUMA', 'JOURNAL',
-           'Format', 'UsageError', 'format_of', 'Picture', 'orient', 'read_picture', 'fill_hidden', 'enlarge',
-           'as_array', 'encode_picture', 'Job', 'plan', 'Journal', 'job_key', 'finished', 'Outcome', 'Stopped',
-           'make_folder', 'upscale_files', 'summarise', 'in_words', 'json_line']
+__all__ = ['FORMATS', 'READABLE', 'MAX_MPIXEL', 'QUALITY', 'ORIENTATION', 'EXIF_IFD', 'GPS_IFD', 'EXIF_SIZE', 'Upscale', 'LUMA',
+           'JOURNAL', 'Format', 'UsageError', 'format_of', 'Picture', 'orient', 'read_picture', 'fill_hidden',
+           'enlarge', 'as_array', 'encode_picture', 'Job', 'plan', 'Journal', 'job_key', 'finished', 'Outcome',
+           'Stopped', 'make_folder', 'upscale_files', 'summarise', 'in_words', 'json_line']
 
 # %% ../nbs/tools/16_upscale.ipynb #16a00005
 @dataclass(frozen=True)
@@ -38,7 +38,8 @@ class Format:
 FORMATS = dict(jpeg=Format("JPEG", (".jpg", ".jpeg"), alpha=False, side=65_535), png=Format("PNG", (".png",), deep=True), webp=Format("WEBP", (".webp",), side=16_383),
                tiff=Format("TIFF", (".tif", ".tiff"), deep=True), bmp=Format("BMP", (".bmp",), alpha=False, notes=False))
 READABLE = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")   # other decoders of Pillow are not tried
-MAX_MPIXEL = 40                   # of an input; 16 times as many come out, at about 60 bytes each while computing
+MAX_MPIXEL = 40                   # of an input; 16 times as many come out, at about a hundred bytes each while computing
+QUALITY = 95                      # of JPEG and WebP
 
 class UsageError(ValueError):
     "What was asked for cannot be done; the message is one line and names the mend."
@@ -254,7 +255,7 @@ def _fit(p: Picture, f: Format) -> Picture:
     on_white = p.colour.lerp(torch.ones(()), 1 - p.alpha)
     return replace(p, colour=on_white, alpha=None, exif=exif, notes=(*notes, f"transparency shown on white ({f.name})"), bits=p.bits if f.deep else 8)
 
-def encode_picture(p: Picture, f: Format, quality: int = 95) -> tuple[bytes, tuple[str, ...]]:
+def encode_picture(p: Picture, f: Format, quality: int = QUALITY) -> tuple[bytes, tuple[str, ...]]:
     "The bytes of a file and notes on what the format could not keep; raises `ImageError` for a size beyond it."
     if max(p.size) > f.side: raise ImageError(f"{p.size[0]} x {p.size[1]} pixels", f"too large for {f.name}", "choose --format png")
     p = _fit(p, f)
@@ -417,7 +418,7 @@ def upscale_files(
     done: set[Job] = frozenset(), # of `finished`
     settings: dict | None = None, # for the journal's keys
     max_pixels: int = MAX_MPIXEL*10**6,
-    quality: int = 95,            # of JPEG and WebP
+    quality: int = QUALITY,       # of JPEG and WebP
     progress: Callable[[int, float], None] = lambda i, share: None,  # number of the picture, share of it that is done
     debug: bool = False,          # raise instead of going on
 ) -> Iterator[Outcome]:

@@ -18,7 +18,7 @@ from tocsr.pipeline import OVERLAP, TILE, TOCSRPipeline, measure_peak, model_inf
 from tocsr.store import machine, write_json
 
 MPIXELS = (0.25, 0.5, 1, 2, 4, 8, 16)     # of the result
-TILES = ((64, 16), (64, 32), (96, 32), (128, 32), (128, 64), (192, 32), (256, 32), (256, 64))
+TILES = ((64, 16), (64, 32), (96, 32), (128, 16), (128, 32), (128, 64), (192, 32), (256, 32), (256, 64))
 SIDE = 512                                # LR pixels of the picture for seams: its result has 2048
 
 
