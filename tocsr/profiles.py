@@ -96,7 +96,7 @@ class SearchConfig:
     truth_latents: int = 60       # of that measurement, common to all architectures; a multiple of the ten noise levels is best
     truth_swap_latents: int = 128 # other latents, on which its single swaps are measured
     truth_table: str = "shipped"  # which table the comparison searches: "shipped" (where there is one) or "measured" (stage truth of this profile)
-    compare_eps: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5)  # the paper's number of eps, in units of `eps_unit`
+    compare_eps: tuple[float, ...] = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # the paper's number of eps, in units of `eps_unit`: over two decades, as the measured front runs
     compare_iterations: int = 40  # evaluations per eps (paper: 40)
     compare_front: int = 80       # evaluations of methods that serve the whole grid in one run
     compare_seeds: int = 20       # of every method but the paper's and TPE, which fit a model at every step

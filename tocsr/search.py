@@ -664,20 +664,13 @@ LOG_SD = np.array([0.8, 0.5, 0.8, 0.8, 0.8, 0.8, 0.8])          # of the log-nor
 class StructuredGP:
     "GP of log u with the additive model inside; call `fit`, then `predict`. `weights` are the corrected swap errors."
     def __init__(self, problem: Problem):
-        self.w0, self.edges, self.products = problem.weights, np.array(problem.space.edges, dtype=int).reshape(-1, 2), problem.products
+        self.w0, self.edges = problem.weights, np.array(problem.space.edges, dtype=int).reshape(-1, 2)
         self.g, self.amplitudes = np.zeros_like(self.w0), AMPLITUDES
-
-    def contributions(self, X: np.ndarray) -> np.ndarray:  # (n, S)
-        "What each stage adds to u at the corrections g: its swap error, or, with error vectors, its row of the cross-term sum (at least a tenth of its own square)."
-        if self.products is None: return pick(self.w0*np.exp(self.g), X)
-        S, h = np.arange(X.shape[1]), np.exp(0.5*pick(self.g, X))
-        own = pick(self.w0, X)*h**2
-        return np.maximum(np.einsum("nst,ns,nt->ns", self.products[S[:, None], X[:, :, None], S[None], X[:, None, :]], h, h), 0.1*own)
 
     def features(self, X: np.ndarray) -> tuple[np.ndarray, ...]:
         "Shares (n, S), one-hot (n, S*O), shares by option (n, S*O), edge features (n, E), edge features by both options (n, E*O*O)."
         (n, S), O, (s, t) = X.shape, self.w0.shape[1], self.edges.T
-        ws = self.contributions(X); r = ws/np.maximum(ws.sum(1, keepdims=True), 1e-12)
+        ws = pick(self.w0*np.exp(self.g), X); r = ws/np.maximum(ws.sum(1, keepdims=True), 1e-12)
         hot = np.eye(O)[X]; e = np.sqrt(r[:, s]*r[:, t])
         pair = e[:, :, None, None]*hot[:, s, :, None]*hot[:, t, None, :]
         return r, hot.reshape(n, -1), (r[:, :, None]*hot).reshape(n, -1), e, pair.reshape(n, -1)
@@ -690,7 +683,7 @@ class StructuredGP:
 
     def mean(self, X: np.ndarray) -> np.ndarray:  # (n,)
         "Prior mean of log u, linearised at g."
-        ws = self.contributions(X); total = np.maximum(ws.sum(1), 1e-12)
+        ws = pick(self.w0*np.exp(self.g), X); total = np.maximum(ws.sum(1), 1e-12)
         return np.log(total) - (ws*pick(self.g, X)).sum(1)/total
 
     def fit(self, X: np.ndarray, u: np.ndarray, passes: int = 2) -> "StructuredGP":  # (n, S), (n,) > 0
@@ -995,13 +988,12 @@ def plot_front(results: dict, evaluations: Sequence[Evaluation]):
         ax.set(xlim=(0, 1.5*max(largest, 1.0)), xlabel="$f_{acc}$ / $f_{acc}$ of the paper's vector", ylabel="parameters, M"); ax.legend()
     return fig
 
-# %% ../nbs/03_search.ipynb #c1ba83c9
+# %% ../nbs/03_search.ipynb #19904b30
 def table_problem(
     table: TruthTable,
     rng: np.random.Generator | None = None,  # draws half of the swaps' latents; None: all of them
     minimise: str | dict[str, float] = "params",
     at_most: dict[str, float] | None = None,
-    vectors: bool = True,         # give the problem the swaps' inner products
 ) -> Problem:
     "A measured table as a search problem; options of `with_costs`."
     n, counts = len(table.products), table.space.counts
@@ -1012,7 +1004,7 @@ def table_problem(
     edges = tuple((s, s + 1) for s in range(S - 1)) + tuple((s, S - 1 - s) for s in range(S//2 - 1))
     space = SearchSpace(table.space.options, [row[:c] for row, c in zip(table.costs["params"], counts)], edges)
     many = lambda X: table.gap[np.ravel_multi_index(np.asarray(X).T, counts)].astype(float)
-    p = Problem(space, lambda a: float(many([a])[0]) if any(a) else 0.0, np.diag(products).reshape(S, O), many=many, products=products.reshape(S, O, S, O) if vectors else None)
+    p = Problem(space, lambda a: float(many([a])[0]) if any(a) else 0.0, np.diag(products).reshape(S, O), many=many, products=products.reshape(S, O, S, O))
     return with_costs(p, {q: [row[:c] for row, c in zip(t, counts)] for q, t in table.costs.items()}, minimise, at_most)
 
 def comparison_table(profile) -> tuple[TruthTable, str]:
