@@ -200,7 +200,8 @@ class TOCSRPipeline:
         if steps == 1: return lambda x, z: g(*there(x, z))
         def sample(x, z):
             x, z = there(x, z)
-            return g.codec.decode(ddim_sample(g.unet, g.schedule, z, steps, g.codec.encode(x)))
+            z_l = g.codec.encode(x)
+            return g.codec.decode(g.model.latent(ddim_sample(g.unet, g.schedule, z, steps, z_l), z_l))
         return sample
 
     def _one(self, lr: Tensor, factor: float, seed: int, tile: int | None, overlap: int, consistency: bool, strength: float, steps: int, progress) -> Tensor:
