@@ -167,7 +167,7 @@ def test_lite0_is_loaded_as_it_was_trained():
     if M.available(("fd_lite0",))["fd_lite0"]: pytest.skip(M.available(("fd_lite0",))["fd_lite0"])
     x = torch.tensor(skimage.data.chelsea()).permute(2, 0, 1)[None]/255
     x = torch.nn.functional.interpolate(x, (224, 224), mode="bilinear", antialias=True)
-    with torch.no_grad(): top = M._lite0("cpu")((x - 0.5)/0.5).argmax().item()
+    with torch.no_grad(): top = M.lite0("cpu")((x - 0.5)/0.5).argmax().item()
     assert top in (281, 282, 285)  # ImageNet's tabby, tiger cat, Egyptian cat
     assert M.lite0_features([x[0], x[0, :, :64, :64]]).shape == (28*28 + 8*8, 40)
 
