@@ -216,6 +216,11 @@ def _smoke() -> Profile:
         study=StudyConfig(steps=3, batch=4, samples=2, sample_steps=2, rank_architectures=3, rank_steps=2, rank_batch=4, rank_latents=4),
         eval=EvalConfig(crops=2, crop=128, metrics=("psnry", "ssim")))
 
+def _cpu() -> Profile:
+    return Profile(
+        "cpu", search=SearchConfig(truth_latents=20), adapt=AdaptConfig(steps=300), onestep=OneStepConfig(ablation=()),
+        study=StudyConfig(steps=64, rank_steps=12))
+
 def _release() -> Profile:
     return Profile(
         "release",
@@ -261,7 +266,7 @@ def _paper() -> Profile:
         study=StudyConfig(steps=100_000, batch=64, lr=1e-5, ema=0.9999, samples=1_024, sample_steps=50, rank_steps=2_000, rank_batch=64, rank_latents=512),
         eval=EvalConfig(crops=3_000, crop=512, metrics=("psnry", "ssim", "lpips", "dists", "niqe", "musiq", "maniqa", "clipiqa", "fid")))
 
-_BUILDERS = dict(smoke=_smoke, cpu=lambda: Profile("cpu"), release=_release, gpu=_gpu, paper=_paper)
+_BUILDERS = dict(smoke=_smoke, cpu=_cpu, release=_release, gpu=_gpu, paper=_paper)
 PROFILES: tuple[str, ...] = tuple(_BUILDERS)
 
 # %% ../nbs/tools/00_profiles.ipynb #2e712e01
