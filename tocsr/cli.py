@@ -4,7 +4,7 @@
 
 # %% ../nbs/tools/14_cli.ipynb #90c2c768
 from __future__ import annotations
-import json, os, re, shutil, signal, statistics, subprocess, sys, time
+import calendar, json, os, re, shutil, signal, statistics, subprocess, sys, time
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,15 +17,15 @@ import tocsr
 from .release import release_photos
 from .profiles import PROFILES, DataConfig, Profile, ProfileError, UNetConfig, get_profile
 from .runtime import ALLOCATOR, gemm_rate, pick_device
-from .store import config_hash, data_hash, file_hash, machine, project_root, runs_dir, write_atomic, write_json
+from .store import MODULES, config_hash, data_hash, file_hash, machine, project_root, runs_dir, stage_key, write_atomic, write_json
 
 # %% auto #0
 __all__ = ['NO_STAGES', 'MAX_BYTES', 'PACKAGES', 'app', 'RunError', 'ChoiceError', 'stage_notebooks', 'repository', 'pick',
            'check_parameters', 'parse_parameter', 'notebook_json', 'library_hash', 'notebook_keys', 'read_records',
-           'run_notebook', 'Outcome', 'reproduce', 'clock', 'columns', 'summary', 'save_outputs', 'step_flops',
-           'training_rate', 'diagnose', 'describe', 'list_runs', 'collect_times', 'notebooks_table', 'render_page',
-           'main', 'reproduce_command', 'doctor', 'runs', 'fetch_photos', 'readme', 'plan', 'eval_command',
-           'bench_command', 'upscale', 'info']
+           'run_notebook', 'own_stages', 'reused_cost', 'Outcome', 'reproduce', 'clock', 'columns', 'summary',
+           'save_outputs', 'step_flops', 'training_rate', 'diagnose', 'describe', 'list_runs', 'collect_times',
+           'notebooks_table', 'render_page', 'main', 'reproduce_command', 'doctor', 'runs', 'fetch_photos', 'readme',
+           'plan', 'eval_command', 'bench_command', 'upscale', 'info']
 
 # %% ../nbs/tools/14_cli.ipynb #bdd8e3fc
 class RunError(RuntimeError):
@@ -147,6 +147,24 @@ def _stop(child: subprocess.Popen):
     try: child.wait(20)
     except subprocess.TimeoutExpired: child.kill(); child.wait()
 
+# %% ../nbs/tools/14_cli.ipynb #c1000001
+def own_stages(notebook: str) -> list[str]:
+    "The stages that a notebook ('03_search') is there to compute."
+    return [s for s, module in MODULES.items() if dict(truth="search").get(s, module) == notebook[3:]]
+
+def reused_cost(
+    notebook: str,                # "03_search"
+    profile: Profile,
+    since: float,                 # start of the run, seconds since 1970
+) -> dict:                        # reused_s, reused_gib: wall time and peak memory of stages that the run found finished
+    "What a notebook's own stages cost earlier: a run that finds them finished is short only for their sake."
+    cost = dict(reused_s=0., reused_gib=0.)
+    for s in own_stages(notebook):
+        if not (file := runs_dir()/s/stage_key(s, profile)/"meta.json").is_file(): continue     # such as a truth that ships as a table
+        meta = json.loads(file.read_text())
+        if calendar.timegm(time.strptime(meta["finished"], "%Y-%m-%dT%H:%M:%SZ")) < int(since): cost = dict(reused_s=cost["reused_s"] + meta["wall_s"], reused_gib=max(cost["reused_gib"], meta["peak_gib"]))
+    return cost
+
 # %% ../nbs/tools/14_cli.ipynb #0e1dffb4
 @dataclass(frozen=True)
 class Outcome:
@@ -180,16 +198,17 @@ def reproduce(
         old, output = records.get(p.stem), folder/p.name
         if old and not force and old["key"] == keys[p.stem] and output.is_file() and not lost & old["made"].keys(): yield Outcome(p.stem, False, old, output); continue
         typer.echo(f"running {p.stem} (profile {profile.name})", err=True)
-        yield Outcome(p.stem, True, _run_recorded(p, output, given, root, timeout_s, figures, keys[p.stem]), output)
+        yield Outcome(p.stem, True, _run_recorded(p, output, given, root, timeout_s, figures, keys[p.stem], profile), output)
 
-def _run_recorded(notebook: Path, output: Path, given: dict, root: Path, timeout_s: int, figures: Path, key: str) -> dict:
+def _run_recorded(notebook: Path, output: Path, given: dict, root: Path, timeout_s: int, figures: Path, key: str, profile: Profile) -> dict:
     "Run a notebook and write its record beside the executed copy, last."
     output.parent.mkdir(parents=True, exist_ok=True)
+    start = time.time()
     record = output.with_suffix(".json"); record.unlink(missing_ok=True)
     before = _listing(figures)
     cost = run_notebook(notebook, output, given, root, timeout_s)
     made = {f: file_hash(figures/f) for f, t in sorted(_listing(figures).items()) if before.get(f) != t}
-    done = dict(key=key, made=made, machine=machine(), finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **cost)
+    done = dict(key=key, made=made, machine=machine(), finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **cost, **reused_cost(notebook.stem, profile, start))
     write_json(record, done)
     return done
 
@@ -331,14 +350,14 @@ def _between(text: str, mark: str, content: str) -> str:
     return pair.sub(lambda m: m[1] + content + m[2], text)
 
 def collect_times(root: Path) -> dict:
-    "`paper_figures/runtimes.json` with the records of the run store merged in: profile -> notebook -> wall_s, peak_gib, made, machine, finished."
+    "`paper_figures/runtimes.json` with the records of the run store merged in: profile -> notebook -> wall_s and peak_gib (stages found finished included), made, machine, finished."
     path = root/"paper_figures/runtimes.json"
     times = json.loads(path.read_text()) if path.is_file() else {}
     names = [p.stem for p in stage_notebooks(root)]
     for profile in PROFILES:
         for n, r in read_records(runs_dir()/"notebooks"/profile, names).items():
             made = sorted({f.rsplit(".", 1)[0] for f in r["made"]})
-            times.setdefault(profile, {})[n] = {k: r[k] for k in ("wall_s", "peak_gib", "machine", "finished")} | dict(made=made)
+            times.setdefault(profile, {})[n] = {k: r[k] for k in ("machine", "finished")} | dict(made=made, wall_s=round(r["wall_s"] + r.get("reused_s", 0), 1), peak_gib=max(r["peak_gib"], r.get("reused_gib", 0)))
     return times
 
 def _heading(notebook: Path) -> str:

@@ -28,7 +28,7 @@ __all__ = ['SCALE', 'BICUBIC', 'DEGRADED', 'STANDARD', 'DATASETS', 'MOST', 'FIRS
            'GROUPS', 'EvalError', 'EvalSet', 'bicubic_set', 'standard_set', 'pixel_hash', 'corners', 'choose_crops',
            'cut_and_degrade', 'make_manifest', 'packaged_manifest', 'degraded_set', 'eval_set', 'Model', 'open_model',
            'Ledger', 'Runner', 'evaluate', 'values_of', 'median_time', 'table', 'paired', 'share_of_way', 'save_result',
-           'load_result', 'join', 'sr_claims', 'bars', 'trade_off', 'strip', 'bench_image', 'bench']
+           'load_result', 'join', 'sr_claims', 'bars', 'bar_claims', 'trade_off', 'strip', 'bench_image', 'bench']
 
 # %% ../nbs/tools/20_evaluation.ipynb #88662a46
 SCALE = 4
@@ -448,21 +448,29 @@ def sr_claims(
     return out
 
 def bars(result: dict, ours: str = "ours") -> list[dict]:
-    "The project's bars on this result: what, bar, value, interval, met. Raises `EvalError` for a set without bars."
+    "The project's bars on this result: id, what, bar, value, interval, met. Raises `EvalError` for a set without bars."
     way, below = lambda a, b, c: share_of_way(a, b, c), lambda a, b: 1 - a/b
     listed = dict(degraded=(
-        ("ST-LPIPS: share of the way from bicubic to x4plus", 0.6, "stlpips", ("bicubic", "x4plus", ours), way),
-        ("ST-LPIPS below SPAN's", 0.15, "stlpips", (ours, "span"), below), ("ST-LPIPS below animevideov3's", 0.15, "stlpips", (ours, "animevideov3"), below),
-        ("PSNR-Y above x4plus, dB", 0.5, "psnry", (ours, "x4plus"), lambda a, b: a - b),
-        ("NIQE: share of the way from bicubic to x4plus", 0.6, "niqe", ("bicubic", "x4plus", ours), way),
-        ("CPU seconds: x4plus over ours", 5.0, "cpu_seconds", ("x4plus", ours), lambda a, b: a/b)))
-    bicubic = (("ST-LPIPS below bicubic's", 0.3, "stlpips", (ours, "bicubic"), below),)
+        ("stlpips_way", "ST-LPIPS: share of the way from bicubic to x4plus", 0.6, "stlpips", ("bicubic", "x4plus", ours), way),
+        ("stlpips_below_span", "ST-LPIPS below SPAN's", 0.15, "stlpips", (ours, "span"), below), ("stlpips_below_animevideov3", "ST-LPIPS below animevideov3's", 0.15, "stlpips", (ours, "animevideov3"), below),
+        ("psnry_above_x4plus", "PSNR-Y above x4plus, dB", 0.5, "psnry", (ours, "x4plus"), lambda a, b: a - b),
+        ("niqe_way", "NIQE: share of the way from bicubic to x4plus", 0.6, "niqe", ("bicubic", "x4plus", ours), way),
+        ("speedup_x4plus", "CPU seconds: x4plus over ours", 5.0, "cpu_seconds", ("x4plus", ours), lambda a, b: a/b)))
+    bicubic = (("stlpips_below_bicubic", "ST-LPIPS below bicubic's", 0.3, "stlpips", (ours, "bicubic"), below),)
     if result["set"] not in (DEGRADED, *BICUBIC): raise EvalError(f"no bars are set on {result['set']}")
     rows = []
-    for text, bar, what, models, f in listed.get(result["set"], bicubic):
+    for id, text, bar, what, models, f in listed.get(result["set"], bicubic):
         v = paired(result, what, models, f)
-        rows.append(dict(bar=text, least=bar, value=v, met=None) if isinstance(v, str) else dict(bar=text, least=bar, value=dict(mean=v["value"], low=v["low"], high=v["high"]), met="yes" if v["value"] >= bar else "no"))
+        row = dict(id=id, bar=text, least=bar)
+        rows.append(dict(row, value=v, met=None) if isinstance(v, str) else dict(row, value=dict(mean=v["value"], low=v["low"], high=v["high"]), met="yes" if v["value"] >= bar else "no"))
     return rows
+
+def bar_claims(result: dict, profile: str, scale: str = "nano", source: str = "nbs/tools/20_evaluation.ipynb") -> list[Claim]:
+    "A claim `sr.SET.bar_ID` per row of `bars`; its reason says whether the bar is met."
+    claim = lambda r, ours, spread, status, reason: Claim(f"sr.{GROUPS[result['set']]}.bar_{r['id']}", f"{r['bar']}, {len(result['images'])} images of {result['set']}", None, ours, spread, "", scale, profile, status, source,
+                                                         f"tocsr eval --dataset {result['set']}", reason)
+    known = lambda r: claim(r, r["value"]["mean"], (r["value"]["low"], r["value"]["high"]), "partial", f"our own bar, not the paper's: at least {r['least']:g}, {'met' if r['met'] == 'yes' else 'not met'}")
+    return [claim(r, None, None, "not attempted", r["value"].removeprefix("not available: ")) if r["met"] is None else known(r) for r in bars(result)]
 
 # %% ../nbs/tools/20_evaluation.ipynb #26c7920e
 _TITLES = dict(psnry="PSNR-Y [dB]", ssim="SSIM", stlpips="ST-LPIPS", niqe="NIQE", lpips="LPIPS", dists="DISTS", musiq="MUSIQ", maniqa="MANIQA", clipiqa="CLIP-IQA", cpu_seconds="CPU seconds per image")

@@ -16,17 +16,17 @@ from diffusers import AutoencoderTiny, DDPMScheduler, UNet2DConditionModel
 from .profiles import AutoencoderConfig, DataConfig, Profile, TeacherConfig, UNetConfig
 from .store import Artifact, Run, load_weights, need, read_weights, save_weights, stage, write_json
 from .images import Photos, load_photos
-from .latents import LatentCodec, LinearDenoiser, moments, LowResAutoencoder, fit_pca, load_codec, save_codec, save_module, start_from_pca
+from .latents import LatentCodec, LinearDenoiser, moments, LowResAutoencoder, decoder_only, fit_pca, load_codec, save_codec, save_module, start_from_pca
 from .diffusion import (denoising_errors, diffusion_loss, linear_epsilon, linear_ratio, nano_unet, noise_schedule, predict_epsilon, ddim_sample, uniform_timesteps)
 from .training import fit, step_generator
 
 # %% auto #0
-__all__ = ['VARIANTS', 'vae_loss', 'pca_teacher', 'make_student', 'train_autoencoder', 'widen_autoencoder', 'fit_bridge',
-           'fold_bridge', 'expand_unet', 'LatentBank', 'timestep_weights', 'crop_batches', 'train_unet',
-           'train_jointly', 'shipped', 'shipped_hash', 'autoencoder_teacher', 'round_trip', 'run_autoencoder',
-           'compare_shapes', 'Teacher', 'save_teacher', 'read_teacher', 'load_teacher', 'load_codecs', 'make_base',
-           'compare_expansions', 'joint_phase', 'strongest_linear', 'judge', 'run_teacher', 'shipped_teacher',
-           'sample_latents']
+__all__ = ['VARIANTS', 'vae_loss', 'pca_teacher', 'make_student', 'train_autoencoder', 'train_decoder', 'widen_autoencoder',
+           'fit_bridge', 'fold_bridge', 'expand_unet', 'LatentBank', 'colour_jitter', 'timestep_weights',
+           'crop_batches', 'train_unet', 'train_jointly', 'shipped', 'shipped_hash', 'autoencoder_teacher',
+           'round_trip', 'run_autoencoder', 'compare_shapes', 'Teacher', 'save_teacher', 'read_teacher', 'load_teacher',
+           'load_codecs', 'make_base', 'compare_expansions', 'joint_phase', 'strongest_linear', 'judge', 'run_teacher',
+           'shipped_teacher', 'sample_latents']
 
 # %% ../nbs/01_expansion.ipynb #ba61c108
 def vae_loss(
@@ -63,11 +63,23 @@ def train_autoencoder(
     data: DataConfig = DataConfig(),
     log=None, device: str = "auto",
 ) -> list[dict]:
-    "Minimise L_VAE on random crops; returns the loss curve."
+    "Minimise L_VAE on random crops, then `cfg.decoder_steps` steps of the decoder alone; returns the loss curve."
     def loss(step, models):
         x = photos.crops(cfg.batch, data.patch, step_generator(data.seed, step)).to(next(codec.parameters()).device)
         return vae_loss(codec, teacher.to(x.device), x, cfg.lam_lat, cfg.lam_rec)
-    return fit(dict(codec=codec), loss, cfg.steps, cfg.lr, scratch, warmup=min(100, cfg.steps//10), ema=0.995 if cfg.steps > 500 else None, log=log, device=device)
+    curve = fit(dict(codec=codec), loss, cfg.steps, cfg.lr, Path(scratch)/"both", warmup=min(100, cfg.steps//10), ema=0.995 if cfg.steps > 500 else None, log=log, device=device)
+    return curve + train_decoder(codec, photos, cfg, Path(scratch)/"decoder", data, log, device)
+
+def train_decoder(codec: LatentCodec, photos: Photos, cfg: AutoencoderConfig, scratch: Path, data: DataConfig = DataConfig(), log=None, device: str = "auto") -> list[dict]:
+    "Minimise |x - D(E(x))|_1 over the decoder for `cfg.decoder_steps` steps, the encoder fixed (ours); returns the loss curve."
+    if not cfg.decoder_steps: return []
+    def loss(step, models):
+        x = photos.crops(cfg.batch, data.patch, step_generator(data.seed + 1, step)).to(next(codec.parameters()).device)
+        with torch.no_grad(): z = codec.encode(x)
+        return (codec.decode(z) - x).abs().mean()
+    curve = fit(dict(codec=decoder_only(codec)), loss, cfg.decoder_steps, cfg.lr, scratch, warmup=min(100, cfg.decoder_steps//10), ema=0.995 if cfg.decoder_steps > 500 else None, log=log, device=device)
+    codec.requires_grad_(True)
+    return curve
 
 # %% ../nbs/01_expansion.ipynb #6f6bf88a
 def _widen(old: nn.Conv2d, inputs: int, outputs: int, groups_out: int = 1) -> nn.Conv2d:
@@ -148,12 +160,13 @@ class LatentBank:
 
     @classmethod
     @torch.no_grad()
-    def encode(cls, codec: LatentCodec, photos: Photos, limit: int = 20_000, device: str = "cpu", sizes: tuple[float, ...] = (1.0,)) -> "LatentBank":
-        "Encode up to `limit` photographs (evenly spaced in the listing) once, at every relative size, in both orientations."
+    def encode(cls, codec: LatentCodec, photos: Photos, limit: int = 20_000, device: str = "cpu", sizes: tuple[float, ...] = (1.0,), jitter: float = 0.0) -> "LatentBank":
+        "Encode up to `limit` photographs (evenly spaced in the listing) once, at every relative size, in both orientations; with `jitter` (strength) once more in other colours."
         maps, stride = [], max(1, math.ceil(len(photos)/limit))
         codec = codec.to(device)
         for i in range(0, len(photos), stride):
-            for x in _resized(photos.read(i), sizes, codec.factor): maps += [codec.encode(v.to(device))[0].cpu() for v in (x, x.flip(-1))]
+            for j, x in enumerate(_resized(photos.read(i), sizes, codec.factor)):
+                for y in (x, colour_jitter(x, jitter, 1000*i + j)) if jitter else (x,): maps += [codec.encode(v.to(device))[0].cpu() for v in (y, y.flip(-1))]
         return cls(maps)
 
     def crops(self, n: int, size: int, generator: torch.Generator) -> Tensor:
@@ -163,6 +176,13 @@ class LatentBank:
         picks, u = torch.multinomial(weight, n, replacement=True, generator=generator), torch.rand(n, 2, generator=generator)
         at = lambda side, v: int(v*(side - size + 1))
         return torch.stack([self.maps[i][:, (y := at(self.maps[i].shape[-2], a)):y + size, (w := at(self.maps[i].shape[-1], b)):w + size] for i, (a, b) in zip(picks.tolist(), u.tolist())])
+
+def colour_jitter(x: Tensor, strength: float, seed: int) -> Tensor:
+    "Images (b, 3, h, w) in [-1, 1] with brightness, contrast and saturation changed by up to `strength` (a share) and hue by a fifth of it; the same for the same seed."
+    from torchvision.transforms.v2 import ColorJitter
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return ColorJitter(strength, strength, strength, strength/5)((x + 1)/2)*2 - 1
 
 def _resized(photo, sizes: tuple[float, ...], factor: int):
     "A photograph, uint8 (h, w, 3), at several relative sizes (Lanczos) as (1, 3, h', w') with sides that are multiples of `factor`; sizes below 16 latents are left out."
@@ -381,7 +401,7 @@ def run_teacher(run: Run) -> dict:
     p, cfg, size = run.profile, run.profile.teacher, run.profile.data.patch//8
     photos = load_photos(p.data); train, val = photos.split("train"), photos.split("val")
     old, new = load_codecs(run.up["autoencoder"], p)
-    banks = {k: LatentBank.encode(c, train, sizes=cfg.sizes) for k, c in dict(old=old, new=new).items()}
+    banks = {k: LatentBank.encode(c, train, sizes=cfg.sizes, jitter=cfg.jitter) for k, c in dict(old=old, new=new).items()}
     held = LatentBank.encode(new, val).crops(cfg.eval_samples, size, torch.Generator().manual_seed(5))
     base, schedule = make_base(p)
     run.log("base UNet in the old latents")
@@ -401,10 +421,11 @@ def run_teacher(run: Run) -> dict:
 def _finish(run: Run, teacher: Teacher, train: Photos, val: Photos):
     "Further steps of the expanded UNet on its own, now fixed, latents; fit the linear denoiser on the same."
     p, cfg, size = run.profile, run.profile.teacher, run.profile.data.patch//8
-    bank, held = LatentBank.encode(teacher.codec, train, sizes=cfg.sizes), LatentBank.encode(teacher.codec, val).crops(cfg.eval_samples, size, torch.Generator().manual_seed(5))
+    bank, held = LatentBank.encode(teacher.codec, train), LatentBank.encode(teacher.codec, val).crops(cfg.eval_samples, size, torch.Generator().manual_seed(5))
     curve = []
     if cfg.start == "scratch" and cfg.steps:
-        curve = [h["epsilon"] for h in train_unet(teacher.unet, bank, teacher.schedule, cfg.steps, cfg, run.scratch/"teacher", size, p.seed + 1, log=run.log, device=p.device, mixed_precision=p.mixed_precision)]
+        more = LatentBank.encode(teacher.codec, train, sizes=cfg.sizes, jitter=cfg.jitter)
+        curve = [h["epsilon"] for h in train_unet(teacher.unet, more, teacher.schedule, cfg.steps, cfg, run.scratch/"teacher", size, p.seed + 1, log=run.log, device=p.device, mixed_precision=p.mixed_precision)]
     return teacher, curve, strongest_linear(bank, held, teacher.schedule, size, cfg.linear_crops), held
 
 def shipped_teacher() -> Path:

@@ -16,8 +16,8 @@ from diffusers.models.autoencoders.vae import DecoderOutput
 import tocsr.runtime  # tunes the allocator before the first large tensor
 
 # %% auto #0
-__all__ = ['PatchPCA', 'fit_pca', 'ResidualBlock', 'LowResAutoencoder', 'start_from_pca', 'LatentCodec', 'save_module',
-           'save_codec', 'load_codec', 'moments', 'translation_average', 'LinearDenoiser']
+__all__ = ['PatchPCA', 'fit_pca', 'ResidualBlock', 'LowResAutoencoder', 'start_from_pca', 'LatentCodec', 'decoder_only',
+           'save_module', 'save_codec', 'load_codec', 'moments', 'translation_average', 'LinearDenoiser']
 
 # %% ../nbs/tools/04_latents.ipynb #02711887
 class PatchPCA(ModelMixin, ConfigMixin):
@@ -124,6 +124,12 @@ class LatentCodec(nn.Module):
         return self.model.decode(z/self.scale + self.shift).sample
 
     def forward(self, x: Tensor) -> Tensor: return self.decode(self.encode(x))
+
+# %% ../nbs/tools/04_latents.ipynb #de0d0001
+def decoder_only(codec: LatentCodec) -> LatentCodec:
+    "Let gradients into the decoder alone: the latents, and what was trained on them, keep their meaning."
+    for name, q in codec.named_parameters(): q.requires_grad_("decoder" in name or "post_quant" in name)
+    return codec
 
 # %% ../nbs/tools/04_latents.ipynb #d192f95b
 _CLASSES = dict(PatchPCA=PatchPCA, LowResAutoencoder=LowResAutoencoder, AutoencoderKL=AutoencoderKL, AutoencoderTiny=AutoencoderTiny)

@@ -141,13 +141,14 @@ class TOCSRPipeline:
     def from_pretrained(cls, folder: str | Path | None = None, revision: str | None = None) -> "TOCSRPipeline":
         "From a folder of `save_pretrained` or a name on the Hugging Face hub; None: the weights that the library ships. Raises `StoreError` for what is no model."
         folder = model_folder(folder, revision)
-        if (vae := folder/"vae"/_VAE).is_file(): read_weights(vae)       # damaged? then say so before diffusers does, at length
+        parts = [f for n in ("vae", "fusion") if (f := folder/n/_WEIGHTS).is_file()]
+        for f in parts: read_weights(f)                                  # damaged? then say so before diffusers does, at length
         with _quiet(): generator, config = load_generator(folder)
-        if vae.is_file(): load_weights(vae, generator.codec.model)      # diffusers only warns of missing tensors
+        for f in parts: load_weights(f, dict(vae=generator.codec.model, fusion=generator.fusion)[f.parent.name])  # diffusers only warns of missing tensors
         return cls(generator, config["scale"], config["coarse"], config["about"])
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        "config.json, vae/, unet/, scheduler/; weights as safetensors."
+        "config.json, vae/, unet/, scheduler/, perhaps fusion/; weights as safetensors."
         return save_generator(Path(folder), self.generator, self.scale, self.coarse, **self.about)
 
     def push_to_hub(self, repo_id: str, private: bool = False, token: str | None = None) -> str:
@@ -201,7 +202,7 @@ class TOCSRPipeline:
         def sample(x, z):
             x, z = there(x, z)
             z_l = g.codec.encode(x)
-            return g.codec.decode(g.model.latent(ddim_sample(g.unet, g.schedule, z, steps, z_l), z_l))
+            return g.decode(g.model.latent(ddim_sample(g.unet, g.schedule, z, steps, z_l), z_l), x)
         return sample
 
     def _one(self, lr: Tensor, factor: float, seed: int, tile: int | None, overlap: int, consistency: bool, strength: float, steps: int, progress) -> Tensor:
@@ -215,7 +216,7 @@ class TOCSRPipeline:
         return sr if size == sr.shape[-2:] else imresize(sr, size=size).clamp_(-1, 1)
 
 # %% ../nbs/tools/13_pipeline.ipynb #6ac2a7e4
-_VAE = "diffusion_pytorch_model.safetensors"   # diffusers' name
+_WEIGHTS = "diffusion_pytorch_model.safetensors"   # diffusers' name
 
 @contextmanager
 def _quiet():

@@ -31,6 +31,7 @@ class AutoencoderConfig:
     shape: str = "lowres"         # student: "lowres" (ours), "tiny" (diffusers AutoencoderTiny) or a path
     start: str = "shipped"        # "shipped" weights go downstream, or "scratch": what is trained here does
     steps: int = 150              # of the training run shown in the notebook (and of the result, from scratch)
+    decoder_steps: int = 0        # further steps of the decoder alone, by L1, after a start from scratch (ours)
     batch: int = 16
     lr: float = 5e-4
     lam_lat: float = 0.1
@@ -65,6 +66,7 @@ class TeacherConfig:
     warmup: int = 50
     ema: float = 0.999
     sizes: tuple[float, ...] = (1.0,)  # photographs are encoded at these relative sizes: a smaller one shows more of the scene per crop (ours)
+    jitter: float = 0.0           # strength of a colour-jittered copy beside every photograph; 0: none (ours)
     lam_vae: float = 1.0          # weight of L_VAE in the joint phase (ours)
     eval_levels: int = 10         # noise levels: midpoints of equal slices of the schedule
     eval_samples: int = 128       # held-out latent crops
@@ -136,7 +138,8 @@ class OneStepConfig:
     feature: float = 0.1          # weight of the distance between ImageNet features
     adversarial: float = 0.01     # weight of the critic's opinion
     decoder: bool = True          # the decoder is trained along
-    ablation: tuple[str, ...] = ("features",)  # parts of our loss that are trained beside it: pixels, decoder, features
+    fusion: int = 4               # residual blocks that see the input past the bottleneck; 0: none, as in the paper
+    ablation: tuple[str, ...] = ("features",)  # parts of our loss that are trained beside it: pixels, decoder, features, bottleneck
     ema: float = 0.99
     shipped: bool = True          # the weights that ship stand beside what is trained here
     baseline_lr: float = 5e-4     # of the equal-cost L1 regression network
@@ -224,9 +227,9 @@ def _cpu() -> Profile:
 def _release() -> Profile:
     return Profile(
         "release",
-        autoencoder=AutoencoderConfig(start="scratch", steps=12_000, pca_patches=400_000, eval_images=40),
+        autoencoder=AutoencoderConfig(start="scratch", steps=12_000, decoder_steps=4_000, pca_patches=400_000, eval_images=40),
         teacher=TeacherConfig(start="scratch", base_steps=6_000, expand_steps=1_000, joint_steps=500, steps=40_000, warmup=500,
-                              ema=0.9995, sizes=(1.0, 0.5), eval_samples=1024, linear_crops=60_000),
+                              ema=0.9995, sizes=(1.0, 0.7, 0.5), jitter=0.3, eval_samples=1024, linear_crops=60_000),
         surrogates=SurrogateConfig(steps=3_000, batch=32, eval_batches=16),
         search=SearchConfig(eps=(0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5), iterations=40, seeds=20, fidelity_samples=512,
                             truth_latents=250, truth_table="measured", compare_seeds_slow=20),
@@ -239,9 +242,9 @@ def _release() -> Profile:
 
 def _gpu() -> Profile:
     return replace(_release(), name="gpu", mixed_precision="bf16",
-        autoencoder=AutoencoderConfig(start="scratch", steps=4_000, batch=64, pca_patches=400_000, eval_images=40),
+        autoencoder=AutoencoderConfig(start="scratch", steps=4_000, decoder_steps=1_000, batch=64, pca_patches=400_000, eval_images=40),
         teacher=TeacherConfig(start="scratch", base_steps=4_000, expand_steps=500, joint_steps=300, steps=8_000, batch=128, lr=1e-3,
-                              warmup=300, ema=0.999, sizes=(1.0, 0.5), eval_samples=1024, linear_crops=60_000),
+                              warmup=300, ema=0.999, sizes=(1.0, 0.7, 0.5), jitter=0.3, eval_samples=1024, linear_crops=60_000),
         surrogates=SurrogateConfig(steps=1_000, batch=64, eval_batches=8),
         compact=CompactConfig(steps=4_000, batch=128, ema=0.999),
         adapt=AdaptConfig(degradation="mixed", pool=8_192, steps=4_000, batch=64, ema=0.999, sample_steps=(1, 2, 4, 10, 50)),

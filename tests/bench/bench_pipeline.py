@@ -1,11 +1,13 @@
 """Time and memory by size, seams by tile, ONNX beside torch: one model, one process per memory figure, one run.
 
-python tests/bench/bench_pipeline.py --model FOLDER --out pipeline.json        (without --model: the shipped weights)
+python tests/bench/bench_pipeline.py --out paper_figures/bench_pipeline.json        (the shipped weights: notebook 07 reads that file; --model FOLDER for others)
 Numbers hold for the machine and the threads that the result names. Wall times are medians of warm calls, the whole path from array to array, consistency included.
 """
 import argparse
 import json
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -14,8 +16,8 @@ import torch
 from tocsr.export_onnx import export_onnx, load_onnx, missing
 from tocsr.images import EMBEDDED, embedded_path, read_image, to_array, to_tensor
 from tocsr.degradations import imresize
-from tocsr.pipeline import OVERLAP, TILE, TOCSRPipeline, measure_peak, model_info, tile_difference
-from tocsr.store import machine, write_json
+from tocsr.pipeline import OVERLAP, TILE, TOCSRPipeline, measure_peak, model_folder, model_info, tile_difference
+from tocsr.store import file_hash, machine, project_root, write_json
 
 MPIXELS = (0.25, 0.5, 1, 2, 4, 8, 16)     # of the result
 TILES = ((64, 16), (64, 32), (96, 32), (128, 16), (128, 32), (128, 64), (192, 32), (256, 32), (256, 64))
@@ -68,16 +70,24 @@ def onnx(pipe, repeats: int) -> dict:
         return out | dict(ratio=out["onnx_s"]/out["torch_s"], max_difference=int(np.abs(run["torch"]().astype(int) - run["onnx"]()).max()))
 
 
+def wheel() -> dict:
+    "Size of the wheel that `pip wheel` builds of this repository."
+    with tempfile.TemporaryDirectory() as d:
+        subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", d, str(project_root())], check=True)
+        return dict(mb=next(Path(d).glob("*.whl")).stat().st_size/1e6)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a model folder; default the shipped weights")
     parser.add_argument("--out", type=Path, help="JSON with all numbers")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--only", choices=("size", "tile", "memory", "onnx"))
+    parser.add_argument("--only", choices=("size", "tile", "memory", "onnx", "wheel"))
     a = parser.parse_args()
     pipe = TOCSRPipeline.from_pretrained(a.model)
-    parts = dict(size=lambda: by_size(pipe, a.repeats), tile=lambda: by_tile(pipe), memory=lambda: measure_peak(a.model, 1024), onnx=lambda: onnx(pipe, a.repeats))
-    out = dict(machine=machine(), threads=torch.get_num_threads(), dtype="float32", architecture=model_info(pipe).architecture)
+    parts = dict(size=lambda: by_size(pipe, a.repeats), tile=lambda: by_tile(pipe), memory=lambda: measure_peak(a.model, 1024), onnx=lambda: onnx(pipe, a.repeats), wheel=wheel)
+    weights = [file_hash(f) for f in sorted(model_folder(a.model).rglob("*.safetensors"))]
+    out = dict(weights=weights, machine=machine(), threads=torch.get_num_threads(), dtype="float32", architecture=model_info(pipe).architecture)
     for name, part in parts.items():
         if a.only in (None, name): out[name] = part(); print(name, json.dumps(out[name]), flush=True)
     if a.out: write_json(a.out, out)
