@@ -11,7 +11,7 @@ from tocsr.adapt import condition
 from tocsr.degradations import degrade, imresize
 from tocsr.diffusion import nano_unet, noise_schedule
 from tocsr.latents import LatentCodec, fit_pca
-from tocsr.onestep import Generator
+from tocsr.onestep import Fusion, Generator
 from tocsr.pipeline import Enlarged, TOCSRPipeline, as_tensors, measure_peak, model_info, tile_difference, tiled
 from tocsr.profiles import UNetConfig
 from tocsr.store import StoreError, read_weights, save_weights
@@ -86,10 +86,9 @@ def test_tiled_and_untiled_results_are_close(pipe):
 
 
 def test_consistency_on_bicubic_inputs_is_below_half_a_grey_level(pipe):
-    strict = TOCSRPipeline(pipe.generator, coarse=1)
     hr = imresize(torch.rand(1, 3, 12, 12, generator=torch.Generator().manual_seed(1)), size=(128, 128)).clamp(0, 1)*1.6 - .8
     lr = degrade(hr, "bicubic")
-    sr = strict(lr, output_type="np").images[0]
+    sr = pipe(lr, coarse=1, output_type="np").images[0]
     back = imresize(torch.from_numpy(sr).permute(2, 0, 1)[None]/127.5 - 1, 1/4)
     assert (back - lr).abs().mean()*127.5 < 0.5
 
@@ -112,7 +111,7 @@ def test_bad_pictures_are_refused_with_a_reason(pipe, image, words):
 
 @pytest.mark.parametrize("arguments, words", [
     (dict(scale=8), "at most 4"), (dict(scale=-1), "above 0"), (dict(tile=100), "multiples of 16"), (dict(tile=32, overlap=32), "overlap"), (dict(output_type="jpg"), "pil"),
-    (dict(strength=1.5), "0..1"), (dict(steps=2), "1 step, not 2")])
+    (dict(strength=1.5), "0..1"), (dict(steps=2), "1 step, not 2"), (dict(coarse=0), "1 or more")])
 def test_bad_arguments_are_refused_with_a_reason(pipe, arguments, words):
     with pytest.raises(ValueError) as e: pipe(picture(8, 8), **arguments)
     assert words in str(e.value)
@@ -193,3 +192,20 @@ def test_memory_grows_with_the_result_not_with_its_copies(pipe, tmp_path):
     folder = pipe.save_pretrained(tmp_path/"m")
     m = measure_peak(folder, 384, tile=64)
     assert m["result"] == [1536, 1536] and (m["peak_gb"] - m["loaded_gb"])*1e9 < 144*1536**2      # twelve float pictures of three channels
+
+
+def test_a_fusion_is_saved_seen_and_missed(pipe, tmp_path):
+    g, a = pipe.generator, picture(16, 16)
+    torch.manual_seed(0)
+    fused = TOCSRPipeline(Generator(g.codec, g.unet, g.schedule, g.gain, Fusion(1, 8)))
+    assert (fused(a, output_type="np").images[0] == pipe(a, output_type="np").images[0]).all(), "it starts as the identity"
+    torch.nn.init.normal_(fused.generator.fusion.tail.weight, 0, .2)
+    out = fused(a, output_type="np").images[0]
+    folder = fused.save_pretrained(tmp_path/"m")
+    assert (TOCSRPipeline.from_pretrained(folder)(a, output_type="np").images[0] == out).all() and (out != pipe(a, output_type="np").images[0]).any()
+    file = folder/"fusion/diffusion_pytorch_model.safetensors"
+    whole = read_weights(file)
+    save_weights(file, {k: v for k, v in whole.items() if "tail" not in k}, format="pt")
+    with pytest.raises(StoreError, match="tail"): TOCSRPipeline.from_pretrained(folder)
+    file.write_bytes(file.read_bytes()[:200])
+    with pytest.raises(StoreError, match="truncated"): TOCSRPipeline.from_pretrained(folder)

@@ -19,6 +19,7 @@ from tocsr import cli, upscale as files
 from tocsr.adapt import condition
 from tocsr.degradations import imresize
 from tocsr.diffusion import nano_unet, noise_schedule
+from tocsr.images import to_tensor
 from tocsr.latents import LatentCodec, fit_pca
 from tocsr.onestep import Generator, save_generator
 from tocsr.profiles import UNetConfig
@@ -89,6 +90,15 @@ def test_scale_strength_format_json_and_resuming(model, tmp_path):
     other = call(*args, "--seed", 3)
     assert other.exit_code == 2 and "--overwrite" in other.stderr and "2 more" in other.stderr and len(other.stderr.strip().splitlines()) == 1
     assert call(*args, "--seed", 3, "--overwrite").exit_code == 0 and (tmp_path/"out/a.webp").stat().st_mtime_ns != before
+
+
+def test_clean_pictures_are_agreed_with_in_every_pixel(model, tmp_path):
+    picture().save(tmp_path/"a.png")
+    small, far = to_tensor(np.array(picture().convert("RGB"))[None]), {}
+    for name, flag in dict(plain=(), clean=("--clean",)).items():
+        assert call("upscale", tmp_path/"a.png", "-o", tmp_path/f"{name}.png", "--model", model, *flag).exit_code == 0
+        far[name] = (imresize(to_tensor(np.array(Image.open(tmp_path/f"{name}.png").convert("RGB"))[None]), 1/4) - small).abs().mean().item()*127.5
+    assert far["clean"] < far["plain"]/2
 
 
 def test_a_result_that_was_changed_or_came_from_another_input_is_in_the_way(tmp_path):

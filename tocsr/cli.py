@@ -602,6 +602,7 @@ def upscale(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     steps: Annotated[int, typer.Option(help="More than 1 only with a multi-step model.")] = 1,
     strength: Annotated[float, typer.Option(help="From 0, bicubic, to 1, the model's picture.")] = 1.0,
+    clean: Annotated[bool, typer.Option("--clean", help="The pictures are small but clean, without noise or compression: results agree with every one of their pixels.")] = False,
     model: Annotated[Optional[str], typer.Option(help="A model folder or a name on the Hugging Face hub; default the shipped weights.")] = None,
     format: Annotated[Optional[str], typer.Option(help=f"One of {', '.join(FORMATS)}; default the input's.")] = None,
     quality: Annotated[int, typer.Option(min=1, max=100, help="Of JPEG and WebP.")] = QUALITY,
@@ -614,7 +615,7 @@ def upscale(
     if as_json and out == "-": raise ChoiceError("--json and -o - both want standard output")
     try:
         jobs = files.plan(inputs, out, format)
-        pipe, call, settings = _prepare(model, device, scale, tile, seed, steps=steps, strength=strength)
+        pipe, call, settings = _prepare(model, device, scale, tile, seed, steps=steps, strength=strength, coarse=1 if clean else None)
         many, settings["quality"] = out != "-" and jobs[0].target != Path(out), quality
         if out != "-": files.make_folder(Path(out) if many else Path(out).parent)
         journal = files.Journal(Path(out)) if many else None

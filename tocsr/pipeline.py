@@ -172,27 +172,29 @@ class TOCSRPipeline:
         tile: int | None = TILE,  # LR pixels, a multiple of 64/scale; larger pictures go through in tiles; None: never
         overlap: int = OVERLAP,   # LR pixels, a multiple of 64/scale, below `tile`
         consistency: bool = True, # make the result agree with its input
+        coarse: int | None = None,  # how strictly: when shrunk so many times; 1, in every LR pixel, suits clean inputs; None: the model's
         strength: float = 1.0,    # 0: bicubic, 1: the model's picture
         steps: int = 1,           # more only with a multi-step model
         output_type: str = "pil", # "pil", "np" or "pt"
         progress: Callable[[float], None] = lambda share: None,  # told the share of the call that is done
     ) -> UpscaleOutput:
         "Enlarge one or many pictures; raises `ValueError` for arguments or pictures that cannot be used."
-        self.check(scale, tile, overlap, strength, steps)
+        self.check(scale, tile, overlap, strength, steps, coarse)
         if output_type not in _OUT: raise ValueError(f"output_type {output_type!r}: choose one of {', '.join(_OUT)}")
         pictures, out = as_tensors(image), []
         for i, x in enumerate(pictures):
-            sr = self._one(x[None], scale or self.scale, seed, tile, overlap, consistency, strength, steps, lambda share: progress((i + share)/len(pictures)))
+            sr = self._one(x[None], scale or self.scale, seed, tile, overlap, (coarse or self.coarse)*consistency, strength, steps, lambda share: progress((i + share)/len(pictures)))
             out.append(_OUT[output_type](sr[0]))
         return UpscaleOutput(images=out)
 
-    def check(self, scale: float | None = None, tile: int | None = TILE, overlap: int = OVERLAP, strength: float = 1.0, steps: int = 1):
+    def check(self, scale: float | None = None, tile: int | None = TILE, overlap: int = OVERLAP, strength: float = 1.0, steps: int = 1, coarse: int | None = None):
         "Raise `ValueError` for arguments of a call that this model cannot follow."
         unit = MULTIPLE//self.scale
         if scale is not None and not 0 < scale <= self.scale: raise ValueError(f"scale must be above 0 and at most {self.scale}, not {scale:g}")
         if tile is not None and (tile < 1 or tile % unit or not 0 < overlap < tile or overlap % unit):
             raise ValueError(f"tile {tile} and overlap {overlap} must be multiples of {unit} with 0 < overlap < tile")
         if not 0 <= strength <= 1: raise ValueError(f"strength must lie in 0..1, not {strength:g}")
+        if coarse is not None and coarse < 1: raise ValueError(f"coarse must be 1 or more, not {coarse}")
         if steps < 1 or steps > 1 and not self.about.get("multistep"): raise ValueError(f"this model works in 1 step, not {steps}; more steps need the folder of a multi-step model")
 
     def _run(self, steps: int) -> Callable[[Tensor, Tensor], Tensor]:
@@ -205,12 +207,12 @@ class TOCSRPipeline:
             return g.decode(g.model.latent(ddim_sample(g.unet, g.schedule, z, steps, z_l), z_l), x)
         return sample
 
-    def _one(self, lr: Tensor, factor: float, seed: int, tile: int | None, overlap: int, consistency: bool, strength: float, steps: int, progress) -> Tensor:
+    def _one(self, lr: Tensor, factor: float, seed: int, tile: int | None, overlap: int, coarse: int, strength: float, steps: int, progress) -> Tensor:
         "(1, 3, h, w) -> (1, 3, h', w') in [-1, 1]."
         x, s, (h, w) = Enlarged(lr, self.scale), self.scale, lr.shape[-2:]
         noise = start_noise((self.generator.codec.channels, *(n//8 for n in x.size)), seed, [0])
         sr = tiled(self._run(steps), x, noise, tile and tile*s, overlap*s, progress)[..., :h*s, :w*s].clamp_(-1, 1)
-        if consistency: sr = consistent(sr, lr, self.coarse)
+        if coarse: sr = consistent(sr, lr, coarse)
         if strength < 1: sr.lerp_(upsample(lr, s).clamp_(-1, 1), 1 - strength)
         size = tuple(max(1, round(n*factor)) for n in (h, w))
         return sr if size == sr.shape[-2:] else imresize(sr, size=size).clamp_(-1, 1)

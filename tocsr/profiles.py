@@ -86,7 +86,7 @@ class SurrogateConfig:
 @dataclass(frozen=True)
 class SearchConfig:
     "epsilon-constrained Bayesian optimization (algorithm 1)."
-    eps: tuple[float, ...] = (0.2, 0.4, 0.7, 1.0)  # in units of `eps_unit`, ascending
+    eps: tuple[float, ...] = (0.2, 0.4, 0.7, 1.0, 1.2, 1.5)  # in units of `eps_unit`, ascending
     iterations: int = 12          # evaluations per eps, the initial ones included (paper: 40)
     initial: int = 6              # random evaluations at the start of each of the paper's runs (ours; the paper is silent)
     seeds: int = 3                # synthetic problems of the comparison in the notebook

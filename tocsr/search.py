@@ -892,11 +892,11 @@ def front_rows(problem: Problem, evaluations: dict[str, list[Evaluation]], eps: 
                              evaluations=len(done), message=a.message))
     return rows
 
-def choose(rows: list[dict], budget: float, method: str, slack: float = 0.03) -> dict:
+def choose(rows: list[dict], budget: float, method: str) -> dict:
     "The row of `method` nearest to `budget` parameters, preferring those within it; raises `SearchError` when no eps is feasible."
     rows = [r for r in rows if r["method"] == method and r["feasible"]]
     if not rows: raise SearchError(f"{method} found no feasible architecture for any eps; widen the grid")
-    inside = [r for r in rows if r["params"] <= budget*(1 + slack)]
+    inside = [r for r in rows if r["params"] <= budget]
     best = min(inside or rows, key=lambda r: (abs(np.log(r["params"]/budget)), r["f_acc"]))
     return best | dict(budget=budget, within_budget=bool(inside), note="" if inside else f"no answer of the grid is within {budget:.0f} parameters; this is the nearest. Larger eps would allow smaller ones")
 
@@ -1240,8 +1240,8 @@ def plot_compact(results: dict):
     from tocsr.plots import OURS, PAPER, style
     looks = dict(teacher=("#000000", "teacher"), assembled=("#E69F00", "assembled, untuned"), paper=(PAPER, "tuned, eq. 16"), ours=(OURS, "tuned, and distilled"))
     with style():
-        fig, ax = plt.subplots(figsize=(3.6, 2.4))
+        fig, ax = plt.subplots(figsize=(4.6, 2.4))
         for name, h in results["held_out"].items():
             n = len(h["per_level"]); ax.plot([(i + 0.5)*1000/n for i in range(n)], h["per_level"], marker="o", color=looks[name][0], label=looks[name][1])
-        ax.axhline(1, color="#999999", linewidth=0.6); ax.set(xlabel="timestep", ylabel="error / linear denoiser's", yscale="log"); ax.legend()
+        ax.axhline(1, color="#999999", linewidth=0.6); ax.set(xlabel="timestep", ylabel="error / linear denoiser's", yscale="log"); ax.legend(loc="upper left", bbox_to_anchor=(1, 1))   # beside the lines, which fill the plot
     return fig
