@@ -13,7 +13,7 @@ from torch import nn, Tensor
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from safetensors import SafetensorError, safe_open
 from .profiles import AdaptConfig, Profile
-from .store import Artifact, Run, StoreError, read_weights, save_weights, stage
+from .store import Artifact, Run, StoreError, rank, read_weights, save_weights, stage, wait_for_all, world_size
 from .images import Photos, load_photos
 from .degradations import degrade, imresize
 from .latents import LatentCodec
@@ -22,7 +22,7 @@ from .expansion import load_teacher
 from .metrics import measure, summary
 from .runtime import pick_device
 from .search import load_compact
-from .surrogates import StagedUNet, cut, load_network, save_network
+from .surrogates import StagedUNet, common_generator, cut, load_network, save_network
 from .training import fit, step_generator
 
 # %% auto #0
@@ -85,9 +85,11 @@ def write_chunks(
     count: int,                   # rows in all
     rows,                         # callable: range of numbers -> dict of tensors, one row each
 ):
-    "Write the chunks that are missing, each atomically: a killed call is continued by the next."
+    "Write the chunks that are missing, each atomically and by one of the processes in turn: a killed call is continued by the next. `rows` must not depend on the process."
     for k, first in enumerate(range(0, count, CHUNK)):
+        if k % world_size() != rank(): continue
         if not (file := Path(folder)/f"chunk-{k:06d}.safetensors").exists(): save_weights(file, rows(range(first, min(first + CHUNK, count))))
+    wait_for_all()
 
 # %% ../nbs/04_adapt.ipynb #671bef3d
 def upsample(lr: Tensor, scale: int = 4) -> Tensor:
@@ -111,7 +113,7 @@ def make_pairs(
     bytes_ = lambda x: ((x + 1)*127.5).round().clamp(0, 255).byte()
     encode = lambda x: torch.cat([codec.encode(v.to(device)).cpu() for v in x.split(16)]).half()
     def rows(numbers):
-        hr = torch.cat([photos.crops(1, patch, step_generator(seed, i)) for i in numbers])
+        hr = torch.cat([photos.crops(1, patch, common_generator(seed, i)) for i in numbers])
         lr = degrade(hr, degradation, scale, [seed*1_000_003 + i for i in numbers])
         return dict(hr=bytes_(hr), lr=bytes_(lr), z_h=encode(hr), z_l=encode(upsample(lr, scale)))
     write_chunks(folder, count, rows)
@@ -172,7 +174,7 @@ def adapt(
 # %% ../nbs/04_adapt.ipynb #9f594e90
 def start_noise(shape: tuple[int, ...], seed: int, numbers: Iterable[int]) -> Tensor:
     "Standard normal (b, *shape); row i depends on (seed, numbers[i]) alone."
-    return torch.stack([torch.randn(shape, generator=step_generator(seed, i)) for i in map(int, numbers)])
+    return torch.stack([torch.randn(shape, generator=common_generator(seed, i)) for i in map(int, numbers)])
 
 def start_latent(model: SRModel, z_l: Tensor, noise: Tensor, start: str = "noise") -> Tensor:
     "z_T (b, c, h, w) for 'noise' (the paper's) or 'matched' (ours)."
@@ -204,7 +206,7 @@ def sample_sr(
 # %% ../nbs/04_adapt.ipynb #bdf38bac
 def heldout_pairs(p: Profile) -> tuple[Tensor, Tensor]:  # (n, 3, s*h, s*w), (n, 3, h, w)
     "`p.eval.crops` HR crops of `p.eval.crop` pixels from held-out photographs, and their degraded twins."
-    hr = torch.cat([load_photos(p.data).split("val").crops(1, p.eval.crop, step_generator(p.data.seed + 7919, i)) for i in range(p.eval.crops)])
+    hr = torch.cat([load_photos(p.data).split("val").crops(1, p.eval.crop, common_generator(p.data.seed + 7919, i)) for i in range(p.eval.crops)])
     return hr, degrade(hr, p.eval.degradation, p.data.scale, [10**9 + i for i in range(len(hr))])   # 10^9: no training pair has these seeds
 
 def save_model(folder: Path, model: SRModel) -> Path:
@@ -269,5 +271,5 @@ def run_adapt(run: Run) -> dict:
         seconds[name] = time.perf_counter() - t
     rows, images = evaluate_steps(models, codec, p)
     save_weights(run.dir/"images.safetensors", images)
-    os.replace(run.scratch/"pool", run.dir/"pool")
+    if rank() == 0: os.replace(run.scratch/"pool", run.dir/"pool")    # one pool, written by all processes
     return dict(rows=rows, loss=curves, degradation=cfg.degradation, pairs=len(pool), pairs_s=pairs_s, train_s=seconds)

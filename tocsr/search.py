@@ -919,7 +919,7 @@ def grid_unit(problem: Problem, cfg: SearchConfig) -> float:
     return float(problem.gap(as_vector(problem.space, PAPER_ARCHITECTURE)))
 
 # %% ../nbs/03_search.ipynb #0006d866
-@stage("search", upstream=("teacher", "surrogates"), config=lambda p: (p.search, p.surrogates.calibration_share, p.seed))
+@stage("search", upstream=("teacher", "surrogates"), config=lambda p: (p.search, p.surrogates.calibration_share, p.seed), alone=True)
 def run_search(run: Run) -> dict:
     "Algorithm 1, its rivals and ours on the measured space; writes every evaluation and the front, returns the chosen architecture."
     cfg, seed = run.profile.search, run.profile.seed
@@ -1061,7 +1061,7 @@ def compare_seed(method: str, problem: Problem, grid: Sequence[float], optimum: 
     return dict(to_1pct=to(0.01), to_5pct=to(0.05), regret=regret.tolist(), missing=missing.tolist(), step_s=seconds)
 
 # %% ../nbs/03_search.ipynb #f1834d58
-@stage("compare", config=lambda p: (p.search, _table_key(p), p.seed), data=False)
+@stage("compare", config=lambda p: (p.search, _table_key(p), p.seed), data=False, alone=True)
 def run_compare(run: Run) -> dict:
     "Every method on the truth table over fresh seeds; writes seeds.json with all runs, returns medians and intervals. A killed run goes on with the next seed."
     cfg = run.profile.search

@@ -5,7 +5,10 @@
 # %% ../nbs/tools/01_store.ipynb #4fc51e20
 from __future__ import annotations
 import ast, hashlib, inspect, json, linecache, os, platform, resource, shutil, sys, textwrap, time, types
+from contextlib import nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass, asdict, is_dataclass
+from datetime import timedelta
 from importlib import import_module
 from importlib.metadata import version, PackageNotFoundError
 from pathlib import Path
@@ -18,8 +21,9 @@ from .profiles import Profile
 
 # %% auto #0
 __all__ = ['MODULES', 'project_root', 'runs_dir', 'source_hash', 'file_hash', 'config_hash', 'StoreError', 'write_atomic',
-           'write_json', 'save_weights', 'read_weights', 'load_weights', 'Artifact', 'Run', 'Stage', 'stage',
-           'get_stage', 'data_hash', 'stage_key', 'machine', 'need']
+           'write_json', 'save_weights', 'read_weights', 'load_weights', 'world_size', 'rank', 'connect',
+           'wait_for_all', 'on_main', 'Artifact', 'Run', 'Stage', 'stage', 'get_stage', 'data_hash', 'stage_key',
+           'machine', 'need']
 
 # %% ../nbs/tools/01_store.ipynb #83d932ce
 def project_root(start: str | Path | None = None) -> Path | None:
@@ -177,6 +181,46 @@ def load_weights(path: str | Path, module: torch.nn.Module) -> torch.nn.Module:
     module.load_state_dict(state)
     return module
 
+# %% ../nbs/tools/01_store.ipynb #7e1c5a02
+_alone = ContextVar("alone", default=False)   # inside `on_main`
+
+def world_size() -> int:
+    "Number of processes that work together: those of the launch; one inside `on_main`."
+    return 1 if _alone.get() else int(os.environ.get("WORLD_SIZE", 1))
+
+def rank() -> int:
+    "Number of this process; 0 is the first."
+    return int(os.environ.get("RANK", 0))
+
+def connect(device: str = "auto"):
+    "Let the processes of a launch find one another: nccl on GPUs, gloo on CPUs. Raises `StoreError` where they do not. A single process does nothing."
+    if world_size() == 1: return
+    from accelerate import PartialState       # late: a single process needs none
+    from tocsr.runtime import pick_device
+    state = PartialState(cpu=pick_device(device).type == "cpu", timeout=timedelta(days=7))  # all may wait long for a stage that one computes
+    if state.num_processes != world_size(): raise StoreError(f"{world_size()} processes were launched, {state.num_processes} found one another on {state.device}; use GPUs or profile device='cpu'")
+
+def wait_for_all():
+    "Return when every process is here."
+    if world_size() == 1: return
+    from accelerate import PartialState
+    PartialState().wait_for_everyone()
+
+def on_main(f: Callable):
+    "What `f()` returns in process 0 (picklable), in all of them. `f` runs as if there were no others; when it raises, they raise `StoreError`."
+    if world_size() == 1: return f()
+    value, failed = None, None
+    if rank() == 0:
+        token = _alone.set(True)
+        try: value = f()
+        except Exception as e: failed = e
+        finally: _alone.reset(token)
+    box = [value, failed and f"{type(failed).__name__}: {failed}"]
+    torch.distributed.broadcast_object_list(box)
+    if failed: raise failed
+    if box[1]: raise StoreError(f"process 0 failed: {box[1]}")
+    return box[0]
+
 # %% ../nbs/tools/01_store.ipynb #ed72b238
 @dataclass(frozen=True)
 class Artifact:
@@ -200,11 +244,12 @@ class Artifact:
 class Run:
     "What a stage function receives."
     profile: Profile
-    dir: Path                     # write results here; renamed into place when the stage returns
-    scratch: Path                 # survives a kill: checkpoints go here
+    dir: Path                     # write results here; the first process's is renamed into place when the stage returns
+    scratch: Path                 # survives a kill: checkpoints go here; all processes share it
     up: dict[str, Artifact]       # finished earlier stages by name
     def log(self, message: str):
-        "One line to stderr and to the run's log."
+        "One line to stderr and to the run's log, by the first process."
+        if rank() > 0: return
         line = f"[{time.strftime('%H:%M:%S')}] {message}"
         print(line, file=sys.stderr, flush=True)
         with open(self.scratch/"log.txt", "a") as f: f.write(line + "\n")
@@ -217,6 +262,7 @@ class Stage:
     upstream: tuple[str, ...]
     config: Callable[[Profile], tuple]
     data: bool                    # reads photographs
+    alone: bool                   # the first of several processes runs it, the others wait
 
 # %% ../nbs/tools/01_store.ipynb #f5edbf7f
 MODULES = dict(autoencoder="expansion", teacher="expansion", surrogates="surrogates", truth="truth", search="search", compare="search", compact="search",
@@ -224,10 +270,10 @@ MODULES = dict(autoencoder="expansion", teacher="expansion", surrogates="surroga
                compact_study="ablations", fidelity_rank="ablations")  # stage -> module that registers it
 _registry: dict[str, Stage] = {}
 
-def stage(name: str, upstream: tuple[str, ...] = (), config: Callable[[Profile], tuple] = lambda p: (), data: bool = True):
-    "Decorator: register `run_x(run: Run) -> dict` as stage `name`. A notebook's own definition replaces the library's."
+def stage(name: str, upstream: tuple[str, ...] = (), config: Callable[[Profile], tuple] = lambda p: (), data: bool = True, alone: bool = False):
+    "Decorator: register `run_x(run: Run) -> dict` as stage `name`; `alone` when it trains nothing. A notebook's own definition replaces the library's."
     def register(f):
-        if name not in _registry or _has_source(f): _registry[name] = Stage(name, f, tuple(upstream), config, data)
+        if name not in _registry or _has_source(f): _registry[name] = Stage(name, f, tuple(upstream), config, data, alone)
         return f
     return register
 
@@ -281,13 +327,13 @@ def _artifact(path: Path) -> Artifact | None:
     except json.JSONDecodeError as e: raise StoreError(f"{meta} is damaged ({e}); delete {path} and run again") from e
 
 # %% ../nbs/tools/01_store.ipynb #3b1dbf48
-def _commit(s: Stage, run: Run, key: str, results: dict, wall: float, target: Path):
+def _commit(s: Stage, run: Run, key: str, results: dict, wall: float, target: Path, processes: int):
     "Hash the files, write `meta.json` last, rename the folder into place."
     files = {str(f.relative_to(run.dir)): file_hash(f) for f in sorted(run.dir.rglob("*")) if f.is_file()}
     if (run.scratch/"log.txt").exists(): shutil.copy(run.scratch/"log.txt", run.dir/"log.txt")
     meta = dict(stage=s.name, key=key, results=results, config=s.config(run.profile), profile=run.profile.to_dict(), source=source_hash(s.function),
                 data=data_hash(run.profile) if s.data else None, upstream={n: a.key for n, a in run.up.items()}, files=files, versions=_versions(),
-                machine=machine(), wall_s=round(wall, 1), peak_gib=_peak_gib(), finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
+                machine=machine(), processes=processes, wall_s=round(wall, 1), peak_gib=_peak_gib(), finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
     write_json(run.dir/"meta.json", meta)
     shutil.rmtree(target, ignore_errors=True)  # a folder without meta.json is a leftover
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -302,28 +348,38 @@ def _spent(run: Run, add: float = 0.0) -> float:
     return old
 
 # %% ../nbs/tools/01_store.ipynb #7fdccb83
+def _compute(s: Stage, run: Run, key: str, target: Path):
+    "Run the stage in every process, or in the first alone; the first commits what it made."
+    shutil.rmtree(run.dir, ignore_errors=True); run.dir.mkdir(parents=True)
+    start, processes = time.monotonic(), 1 if s.alone else world_size()
+    run.log(f"{s.name}: no result for profile {run.profile.name} yet (key {key}); computing it")
+    try: results = on_main(lambda: s.function(run)) if s.alone else s.function(run)
+    except BaseException:
+        if rank() == 0: _spent(run, time.monotonic() - start)    # an honest wall time counts what a kill interrupted
+        raise
+    wall = time.monotonic() - start + _spent(run)
+    run.log(f"{s.name}: done in {wall:.0f} s")
+    wait_for_all()                # the scratch folder is about to go
+    on_main(lambda: _commit(s, run, key, results, wall, target, processes))
+
+def _found(target: Path) -> Artifact:
+    if a := _artifact(target): return a
+    raise StoreError(f"process {rank()} sees no result in {target}; all processes must share that folder (set TOCSR_RUNS)")
+
 def need(
     name: str,                    # stage
     profile: Profile,
     force: bool = False,          # compute again even if it is there
 ) -> Artifact:
-    "The result of stage `name` under `profile`; what is missing, earlier stages included, is computed first."
+    "The result of stage `name` under `profile`; what is missing, earlier stages included, is computed first. All processes of a launch call it alike."
+    connect(profile.device)
     s, key = get_stage(name), stage_key(name, profile)
     target, scratch = runs_dir()/name/key, runs_dir()/".scratch"/name/key
-    if not force and (a := _artifact(target)): return a
+    there = lambda: not force and _artifact(target) is not None
+    if on_main(there): return _found(target)
     up = {u: need(u, profile) for u in s.upstream}
     scratch.mkdir(parents=True, exist_ok=True)
-    with FileLock(str(scratch) + ".lock"):           # a second process waits here and then finds the result
-        if not force and (a := _artifact(target)): return a
-        work = scratch/"result"
-        shutil.rmtree(work, ignore_errors=True); work.mkdir(parents=True)
-        run, start = Run(profile, work, scratch, up), time.monotonic()
-        run.log(f"{name}: no result for profile {profile.name} yet (key {key}); computing it")
-        try: results = s.function(run)
-        except BaseException:
-            _spent(run, time.monotonic() - start)    # an honest wall time counts what a kill interrupted
-            raise
-        wall = time.monotonic() - start + _spent(run)
-        run.log(f"{name}: done in {wall:.0f} s")
-        _commit(s, run, key, results, wall, target)
-    return _artifact(target)
+    with FileLock(str(scratch) + ".lock") if rank() == 0 else nullcontext():  # a second launch waits here and then finds the result
+        work = scratch/("result" if rank() == 0 else f"result-{rank()}")      # all but the first one's are thrown away
+        if not on_main(there): _compute(s, Run(profile, work, scratch, up), key, target)
+    return _found(target)

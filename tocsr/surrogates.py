@@ -6,7 +6,6 @@
 from __future__ import annotations
 import copy, hashlib, json, math, re, time
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Callable, Iterator
 import torch
@@ -22,7 +21,7 @@ from .diffusion import eval_timesteps, null_context, predict_epsilon
 from .expansion import LatentBank, load_teacher
 from .images import Photos, load_photos
 from .runtime import pick_device
-from .store import Run, StoreError, load_weights, read_weights, save_weights, stage, write_json
+from .store import Run, StoreError, connect, load_weights, read_weights, save_weights, stage, world_size, write_json
 from .training import TrainingError, learning_rate, step_generator
 
 # %% auto #0
@@ -603,9 +602,9 @@ def _broadcast(v: Tensor, owner: int, device: torch.device):
 
 def distill_shared(teacher: StagedUNet, library: Library, batch, steps: int, lr: float, scratch: Path, **options) -> Tensor:  # (steps, surrogates)
     "`distill` with the library shared out over the processes of `accelerate launch`; all processes end with all of it. `batch` must not depend on the process. Raises `StageError` for more processes than surrogates."
-    state = PartialState(timeout=timedelta(days=7))           # one process may be done long before another
-    rank, world = state.process_index, state.num_processes
-    if world == 1: return distill(teacher, library, batch, steps, lr, scratch, **options)
+    if (world := world_size()) == 1: return distill(teacher, library, batch, steps, lr, scratch, **options)
+    connect()                     # waits for days: one process may be done long before another
+    state = PartialState(); rank = state.process_index
     if world > len(library): raise StageError(f"{world} processes for {len(library)} surrogates; start at most {len(library)}")
     folder = Path(scratch)/f"process-{rank}-of-{world}"; folder.mkdir(parents=True, exist_ok=True)
     mine = distill(teacher, shard(library, rank, world), batch, steps, lr, folder, **options)

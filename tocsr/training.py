@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 import tocsr.runtime  # tunes the allocator before the first large tensor
-from .store import write_json
+from .store import connect, on_main, rank, wait_for_all, world_size, write_json
 
 # %% auto #0
 __all__ = ['TrainingError', 'step_generator', 'learning_rate', 'fit']
@@ -39,19 +39,48 @@ def _checkpoints(scratch: Path) -> list[Path]:
     return sorted(scratch.glob("step-*"), key=lambda p: int(p.name[5:]))
 
 def _save(accelerator: Accelerator, scratch: Path, step: int, history: list[dict]):
-    "Checkpoint after `step` steps: weights, optimiser, moving averages (accelerate's save_state), history."
+    "Checkpoint after `step` steps: weights, optimiser, moving averages (accelerate's save_state, in which process 0 writes all but the others' random states), history."
     tmp = scratch/"saving"
-    shutil.rmtree(tmp, ignore_errors=True)
+    on_main(lambda: shutil.rmtree(tmp, ignore_errors=True))
     accelerator.save_state(str(tmp), safe_serialization=True)
-    write_json(tmp/"history.json", history)
-    os.replace(tmp, scratch/f"step-{step:08d}")
-    for old in _checkpoints(scratch)[:-1]: shutil.rmtree(old)
+    wait_for_all()
+    def finish():
+        write_json(tmp/"history.json", history)
+        os.replace(tmp, scratch/f"step-{step:08d}")
+        for old in _checkpoints(scratch)[:-1]: shutil.rmtree(old)
+    on_main(finish)
 
 def _resume(accelerator: Accelerator, scratch: Path) -> tuple[int, list[dict]]:
     "Restore the newest checkpoint: (steps done, history); (0, []) without one."
-    if not (found := _checkpoints(scratch)): return 0, []
+    if not (found := on_main(lambda: _checkpoints(scratch))): return 0, []
     accelerator.load_state(str(found[-1]))
     return int(found[-1].name[5:]), json.loads((found[-1]/"history.json").read_text())
+
+# %% ../nbs/tools/06_training.ipynb #7e1c5b02
+def _messages(tensors: list[Tensor], limit: int = 2**24):
+    "Lists of tensors of one type with up to `limit` numbers together: one message each, where hundreds of small ones would cost a round trip apiece."
+    out, size = [], 0
+    for t in tensors:
+        if out and (t.dtype != out[0].dtype or size + t.numel() > limit): yield out; out, size = [], 0
+        out.append(t); size += t.numel()
+    if out: yield out
+
+@torch.no_grad()
+def _in_place(op: Callable[[Tensor], None], tensors: list[Tensor]):
+    "Apply a collective operation to `tensors`."
+    for group in _messages(tensors):
+        flat = torch.cat([t.flatten() for t in group])
+        op(flat)
+        for t, v in zip(group, flat.split([t.numel() for t in group])): t.copy_(v.view_as(t))
+
+def _average(tensors: list[Tensor]):
+    "Mean over processes, in place."
+    def mean(v): torch.distributed.all_reduce(v); v /= world_size()
+    if world_size() > 1: _in_place(mean, tensors)
+
+def _share(models: dict[str, nn.Module]):
+    "Give all processes the first one's weights and buffers."
+    if world_size() > 1: _in_place(lambda v: torch.distributed.broadcast(v, 0), [v.data for m in models.values() for v in (*m.parameters(), *m.buffers())])
 
 # %% ../nbs/tools/06_training.ipynb #f2ca9723
 def fit(
@@ -70,19 +99,21 @@ def fit(
     device: str = "auto",
     log: Callable[[str], None] | None = None,
 ) -> list[dict]:                  # one record per step: step, lr, loss and what else `loss` returned
-    "Train `models` for `steps` steps of AdamW, resuming from `scratch`; raises `TrainingError` when the loss is not finite."
+    "Train `models` for `steps` steps of AdamW, resuming from `scratch`; raises `TrainingError` when the loss is not finite. All processes of a launch call it alike and end with equal weights."
+    connect(device)
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision=mixed_precision)
-    names, params = list(models), [p for m in models.values() for p in m.parameters() if p.requires_grad]
+    params = [p for m in models.values() for p in m.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.99), fused=accelerator.device.type in ("cpu", "cuda"))
-    *prepared, optimizer = accelerator.prepare(*models.values(), optimizer)
-    live, average = dict(zip(names, prepared)), None
+    live, optimizer, average = {n: accelerator.prepare_model(m.to(accelerator.device), evaluation_mode=True) for n, m in models.items()}, accelerator.prepare(optimizer), None  # placed and cast, not wrapped
+    _share(models)
     if ema:
         average = EMAModel(params, decay=ema, use_ema_warmup=False, foreach=True)
-        average.to(accelerator.device); accelerator.register_for_checkpointing(average)
+        accelerator.register_for_checkpointing(average)
     scratch = Path(scratch); scratch.mkdir(parents=True, exist_ok=True)
     start, history = _resume(accelerator, scratch)
+    if average: average.to(accelerator.device)        # a checkpoint is read on the CPU
     if start and log: log(f"resuming at step {start} of {steps}")
-    saved, bar = time.monotonic(), tqdm(total=steps, initial=start, disable=not sys.stderr.isatty(), leave=False)
+    saved, bar = time.monotonic(), tqdm(total=steps, initial=start, disable=rank() > 0 or not sys.stderr.isatty(), leave=False)
     for step in range(start, steps):
         rate = learning_rate(step, steps, lr, warmup, schedule)
         for group in optimizer.param_groups: group["lr"] = rate
@@ -90,12 +121,13 @@ def fit(
         if average: average.step(params)
         bar.update()
         if log and (step + 1) % max(1, steps//10) == 0: log(f"step {step+1}/{steps}: loss {_recent(history):.4f}")
-        if time.monotonic() - saved > checkpoint_s and step + 1 < steps: _save(accelerator, scratch, step + 1, history); saved = time.monotonic()
+        if on_main(lambda: time.monotonic() - saved > checkpoint_s) and step + 1 < steps: _save(accelerator, scratch, step + 1, history); saved = time.monotonic()
     bar.close()
     if average: average.copy_to(params)
+    _share(models)
     for m in models.values(): m.to("cpu").eval()
     accelerator.free_memory()
-    for old in _checkpoints(scratch): shutil.rmtree(old)
+    on_main(lambda: [shutil.rmtree(old) for old in _checkpoints(scratch)])
     return history
 
 def _recent(history: list[dict], n: int = 50) -> float:
@@ -106,9 +138,12 @@ def _step(accelerator, live, loss, step, optimizer, params, clip) -> dict[str, f
     for m in live.values(): m.train()
     with accelerator.autocast(): parts = loss(step, live)
     parts = parts if isinstance(parts, dict) else dict(loss=parts)
-    if not torch.isfinite(parts["loss"]): raise TrainingError(f"the loss is {parts['loss'].item()} at step {step}; lower the learning rate or look at that step's batch")
+    shown = {k: v.detach().clone() for k, v in parts.items()}
+    _average(list(shown.values()))
+    if not torch.isfinite(shown["loss"]): raise TrainingError(f"the loss is {shown['loss'].item()} at step {step}; lower the learning rate or look at that step's batch")
     optimizer.zero_grad(set_to_none=True)
     accelerator.backward(parts["loss"])
+    _average([p.grad for p in params if p.grad is not None])
     accelerator.clip_grad_norm_(params, clip)
     optimizer.step()
-    return {k: float(v.detach()) for k, v in parts.items()}
+    return {k: float(v) for k, v in shown.items()}

@@ -321,7 +321,7 @@ def seconds_alone(parts: Parts, space: Subspace, probe: Probe, errors: Tensor, n
 
 # %% ../nbs/tools/16_truth.ipynb #3ca67b2f
 @stage("truth", upstream=("teacher", "surrogates"),
-       config=lambda p: (p.search.truth, p.search.truth_latents, p.search.truth_swap_latents, p.surrogates.calibration_share, p.seed))
+       config=lambda p: (p.search.truth, p.search.truth_latents, p.search.truth_swap_latents, p.surrogates.calibration_share, p.seed), alone=True)
 def run_truth(run: Run) -> dict:
     "f_acc of every architecture of the declared subspace; writes truth.safetensors (what ships) and errors.safetensors (per latent)."
     cfg, rows, ratio = run.profile.search, run.up["surrogates"].results["rows"], run.up["teacher"].results["ratio"]
