@@ -1,4 +1,4 @@
-"Two processes of `accelerate launch` (gloo, CPU): stages are computed once and by all, training averages gradients, and a launch that was killed goes on."
+"Two processes of `accelerate launch` (gloo, CPU): stages are computed by all and written once, training averages gradients, and a launch that was killed goes on."
 import json
 import os
 import signal
@@ -8,6 +8,9 @@ import textwrap
 import time
 from pathlib import Path
 import torch
+from PIL import Image
+from tocsr.images import load_photos
+from tocsr.profiles import get_profile
 from tocsr.store import read_weights
 from tocsr.training import fit, step_generator
 
@@ -23,7 +26,7 @@ def start(folder: Path, text: str, *args) -> subprocess.Popen:
     return subprocess.Popen([*LAUNCH, str(folder/"script.py"), str(folder), *args], stdout=open(folder/"said.txt", "w"), stderr=subprocess.STDOUT, env=env)
 
 
-def launch(folder: Path, text: str, *args, fails: bool = False, timeout: float = 300) -> str:
+def launch(folder: Path, text: str, *args, fails: bool = False, timeout: float = 600) -> str:
     "As `start`, to the end; what they said."
     code = start(folder, text, *args).wait(timeout)
     said = (folder/"said.txt").read_text()
@@ -31,58 +34,82 @@ def launch(folder: Path, text: str, *args, fails: bool = False, timeout: float =
     return said
 
 
-TRAIN = """
-    import sys, torch
+FAIL = """
+    from tocsr.profiles import get_profile
+    from tocsr.store import need, rank, stage, StoreError
+    @stage("broken", data=False, alone=True)
+    def run_broken(run): raise ValueError("no such option")
+    @stage("half", data=False)
+    def run_half(run):
+        if rank() == 1: raise RuntimeError("a bad batch")
+        (run.dir/"x.txt").touch(); return {}
+    try: need("broken", get_profile("smoke"))
+    except (ValueError, StoreError) as e: print(f"process {rank()}: {type(e).__name__}: {e}", flush=True)
+    need("half", get_profile("smoke"))
+"""
+
+
+def test_nobody_waits_for_a_process_that_failed(tmp_path):
+    begin = time.monotonic()
+    said = launch(tmp_path, FAIL, fails=True)
+    assert "a bad batch" in said and time.monotonic() - begin < 60 and not (tmp_path/"runs/half").exists()
+    assert "process 0: ValueError: no such option" in said and "process 1: StoreError: process 0 failed: ValueError: no such option" in said
+
+
+WORK = """
+    import sys, time, torch
     from pathlib import Path
     from torch import nn
     from tocsr.adapt import write_chunks
     from tocsr.profiles import get_profile
-    from tocsr.store import connect, need, on_main, rank, save_weights, stage, StoreError, world_size
+    from tocsr.store import need, rank, save_weights, stage, world_size
     from tocsr.training import TrainingError, fit, step_generator
-    out, die = Path(sys.argv[1]), sys.argv[2] == "die"
-    connect("cpu")
+    out, first = Path(sys.argv[1]), sys.argv[2] == "first"
 
-    def train(folder, die=False, nan=False):
+    def train(folder, stop=False, nan=False):
         torch.manual_seed(rank())                        # the second starts elsewhere; the first one's weights count
         net, plain = nn.Linear(3, 2), nn.Linear(2, 1)
         def loss(step, live):
-            if die and step == 7 and rank() == 1: raise RuntimeError("a bad batch")
+            if stop and step == 7: (out/"waiting").touch(); time.sleep(600)
             x = torch.randn(8, 3, generator=step_generator(0, step))
-            scale = float("nan") if nan and rank() == 1 else 1.
-            parts = dict(fit=scale*(plain(live["net"](x)) - x.sum(1, keepdim=True)).pow(2).mean())   # one model as handed in, one by its own name, as our losses do
-            return parts | dict(loss=parts["fit"])
+            error = (plain(live["net"](x)) - x.sum(1, keepdim=True)).pow(2).mean()               # one model as handed in, one by its own name, as our losses do
+            return dict(loss=error*float("nan") if nan and rank() == 1 else error, error=error)
         history = fit(dict(net=net, plain=plain), loss, 12, 0.05, folder, ema=0.5, device="cpu", checkpoint_s=0)
-        return {**{f"net.{k}": v for k, v in net.state_dict().items()}, **{f"plain.{k}": v for k, v in plain.state_dict().items()}, "history": torch.tensor([h["loss"] for h in history])}
-
-    save_weights(out/f"killed-{rank()}.safetensors", train(out/"killed", die))
-    save_weights(out/f"whole-{rank()}.safetensors", train(out/"whole"))
-    try: train(out/"nan", nan=True)
-    except TrainingError as e: print(f"process {rank()}: {e}", flush=True)
-
-    write_chunks(out/"chunks", 200, lambda numbers: dict(x=torch.tensor(list(numbers)), by=torch.full((len(numbers),), rank())))
+        return {**{f"net.{k}": v for k, v in net.state_dict().items()}, **{f"plain.{k}": v for k, v in plain.state_dict().items()}, "history": torch.tensor([h["error"] for h in history])}
 
     @stage("inner", data=False)
-    def run_inner(run): return dict(processes=world_size())
-    @stage("outer", data=False, alone=True)
-    def run_outer(run):
-        (run.dir/f"by-{rank()}.txt").touch()
-        return dict(inner=need("inner", run.profile).results["processes"], processes=world_size())
-    @stage("both", upstream=("outer",), data=False)
-    def run_both(run):
+    def run_inner(run):
+        save_weights(out/f"killed-{rank()}.safetensors", train(run.scratch/"net", stop=first))
+        save_weights(out/f"whole-{rank()}.safetensors", train(run.scratch/"whole"))
         (run.dir/f"by-{rank()}.txt").touch(); run.log("hello")
         return dict(processes=world_size())
-    @stage("broken", data=False, alone=True)
-    def run_broken(run): raise ValueError("no such option")
-    smoke = get_profile("smoke")
-    a = need("both", smoke)
+    @stage("within", data=False)
+    def run_within(run): return dict(processes=world_size())
+    @stage("outer", upstream=("inner",), data=False, alone=True)
+    def run_outer(run):
+        (run.dir/f"by-{rank()}.txt").touch()
+        return dict(processes=world_size(), within=need("within", run.profile).results["processes"])
+
+    small = get_profile("smoke", data=dict(source=str(out/"photos"), patch=64), autoencoder=dict(pca_patches=1000, eval_images=2, steps=2, compare_steps=1), unet=dict(channels=(32, 32, 64, 64), heads=(1, 1, 2, 2)),
+                        teacher=dict(base_steps=2, expand_steps=1, joint_steps=1, eval_levels=2, eval_samples=4, linear_crops=100), surrogates=dict(names=("R",), random_names=()))
+    need("outer", small)
+    try: train(out/"nan", nan=True)
+    except TrainingError as e: print(f"process {rank()}: {e}", flush=True)
+    write_chunks(out/"chunks", 200, lambda numbers: dict(x=torch.tensor(list(numbers)), by=torch.full((len(numbers),), rank())))
+    a = need("surrogates", small)
     print(f"process {rank()} holds {a.path}", flush=True)
-    try: need("broken", smoke)
-    except (ValueError, StoreError) as e: print(f"process {rank()}: {type(e).__name__}: {e}", flush=True)
 """
 
 
+def photos(folder: Path):
+    "Corners of six embedded photographs."
+    folder.mkdir()
+    embedded = load_photos(get_profile("smoke").data)
+    for i in range(6): Image.fromarray(embedded.read(i)[:288, :288]).save(folder/f"{i}.png")
+
+
 def one_process(folder: Path) -> dict:
-    "What TRAIN's two processes should come to: one, with both batches in every step."
+    "What WORK's two processes should come to: one, with both batches in every step."
     torch.manual_seed(0)
     net, plain = torch.nn.Linear(3, 2), torch.nn.Linear(2, 1)
     def batch(step, process):
@@ -96,52 +123,33 @@ def one_process(folder: Path) -> dict:
     return {**{f"net.{k}": v for k, v in net.state_dict().items()}, **{f"plain.{k}": v for k, v in plain.state_dict().items()}, "history": torch.tensor([h["loss"] for h in history])}
 
 
-def test_training_and_stages(tmp_path):
-    begin = time.monotonic()
-    said = launch(tmp_path, TRAIN, "die", fails=True)                   # one fails: nobody waits for it for ever
-    assert "a bad batch" in said and time.monotonic() - begin < 120
-    assert [p.name for p in (tmp_path/"killed").iterdir()] == ["step-00000007"]
-    assert {p.name for p in (tmp_path/"killed/step-00000007").glob("random*")} == {"random_states_0.pkl", "random_states_1.pkl"}
-    said = launch(tmp_path, TRAIN, "live")
+def test_a_launch_is_killed_and_started_again(tmp_path):
+    photos(tmp_path/"photos")
+    first, runs = start(tmp_path, WORK, "first"), tmp_path/"runs"
+    while not (tmp_path/"waiting").exists():                            # inside `need`, inside `fit`, after seven steps
+        assert first.poll() is None, (tmp_path/"said.txt").read_text()[-4000:]
+        time.sleep(0.2)
+    first.send_signal(signal.SIGTERM)
+    assert first.wait(60) != 0 and not (runs/"inner").exists()
+    checkpoint, = runs.glob(".scratch/inner/*/net/*")
+    assert checkpoint.name == "step-00000007" and {p.name for p in checkpoint.glob("random*")} == {"random_states_0.pkl", "random_states_1.pkl"}
+    said = launch(tmp_path, WORK, "again")
+
     killed, whole = ([read_weights(tmp_path/f"{n}-{r}.safetensors") for r in range(2)] for n in ("killed", "whole"))
     for got in (killed[0], killed[1], whole[1]):                        # bit for bit: both processes, resumed or not
         assert got.keys() == whole[0].keys() and all(torch.equal(v, whole[0][k]) for k, v in got.items())
     one = one_process(tmp_path/"one")                                   # and one process with both batches, up to the order of sums
-    assert all(torch.allclose(v, whole[0][k], rtol=1e-4, atol=1e-5) for k, v in one.items()) and not list((tmp_path/"whole").iterdir())
-    for r in range(2): assert f"process {r}: the loss is nan at step 0" in said
+    assert all(torch.allclose(v, whole[0][k], rtol=1e-4, atol=1e-5) for k, v in one.items())
+    assert all(f"process {r}: the loss is nan at step 0" in said for r in range(2))
     chunks = [read_weights(f) for f in sorted((tmp_path/"chunks").glob("chunk-*"))]
     assert torch.cat([c["x"] for c in chunks]).tolist() == list(range(200)) and [c["by"][0].item() for c in chunks] == [0, 1, 0, 1]
-    made = {n: json.loads(next((tmp_path/f"runs/{n}").glob("*/meta.json")).read_text()) for n in ("inner", "outer", "both")}
-    assert {n: (m["processes"], m["results"]["processes"]) for n, m in made.items()} == dict(inner=(1, 1), outer=(1, 1), both=(2, 2)) and made["outer"]["results"]["inner"] == 1
-    assert list(made["outer"]["files"]) == list(made["both"]["files"]) == ["by-0.txt"]
-    both = next((tmp_path/"runs/both").iterdir())
-    assert all(f"process {r} holds {both}" in said for r in range(2)) and (both/"log.txt").read_text().count("hello") == 1 and not (tmp_path/"runs/.scratch/both"/both.name).exists()
-    assert "process 0: ValueError: no such option" in said and "process 1: StoreError: process 0 failed: ValueError: no such option" in said
 
-
-STAGES = """
-    import sys
-    from tocsr.profiles import get_profile
-    from tocsr.store import need, rank
-    a = need("surrogates", get_profile("smoke"))
-    print(f"process {rank()} holds {a.path}", flush=True)
-"""
-
-
-def test_launch_is_killed_and_started_again(tmp_path):
-    first, runs = start(tmp_path, STAGES), tmp_path/"runs"
-    while not list(runs.glob(".scratch/teacher/*/log.txt")):            # the first stage is done, the second at work
-        assert first.poll() is None, (tmp_path/"said.txt").read_text()[-4000:]
-        time.sleep(0.2)
-    first.send_signal(signal.SIGTERM)
-    assert first.wait(60) != 0 and not (runs/"teacher").exists()
-    autoencoder = next((runs/"autoencoder").iterdir())
-    before = (autoencoder/"meta.json").read_bytes()
-    said = launch(tmp_path, STAGES)
-    assert (autoencoder/"meta.json").read_bytes() == before
-    for name in ("autoencoder", "teacher", "surrogates"):
+    for name in ("inner", "within", "outer", "autoencoder", "teacher", "surrogates"):
         folder, = (runs/name).iterdir()
         meta = json.loads((folder/"meta.json").read_text())
-        assert meta["processes"] == 2 and meta["key"] == folder.name and all((folder/f).is_file() for f in meta["files"])
-        assert not (runs/".scratch"/name/folder.name).exists()
+        assert meta["key"] == folder.name and all((folder/f).is_file() for f in meta["files"]) and not (runs/".scratch"/name/folder.name).exists()
+        assert meta["processes"] == (1 if name in ("within", "outer") else 2)
+        if name in ("inner", "outer"): assert list(meta["files"]) == ["by-0.txt"]
+        if name == "inner": assert (folder/"log.txt").read_text().count("hello") == 1
+        if name == "outer": assert meta["results"] == dict(processes=1, within=1)
     assert all(f"process {r} holds {folder}" in said for r in range(2))

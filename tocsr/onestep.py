@@ -337,7 +337,7 @@ def train_students(run: Run, multistep: dict[str, SRModel], codec: LatentCodec, 
         cost[f"{name}_s"] = time.perf_counter() - t
     return students, curves, cost
 
-@stage("onestep", upstream=("teacher", "adapt"), config=lambda p: (p.onestep, p.eval, p.adapt.degradation, shipped_hash("shipped" if p.onestep.shipped else "", "onestep/unet", "onestep/vae")))
+@stage("onestep", upstream=("teacher", "adapt"), config=lambda p: (p.onestep, p.eval, p.adapt.degradation, shipped_hash("shipped" if p.onestep.shipped else "", "onestep/unet", "onestep/vae", "onestep/fusion")))
 def run_onestep(run: Run) -> dict:
     "One-step students by the paper's loss, by ours and by parts of ours, a regression net of equal cost, all on held-out crops."
     p, cfg, codec = run.profile, run.profile.onestep, load_teacher(run.up["teacher"]).codec

@@ -4,11 +4,12 @@
 
 # %% ../nbs/tools/01_store.ipynb #4fc51e20
 from __future__ import annotations
-import ast, hashlib, inspect, json, linecache, os, platform, resource, shutil, sys, textwrap, time, types
+import ast, atexit, hashlib, inspect, json, linecache, os, platform, resource, shutil, sys, textwrap, time, types
 from contextlib import nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, asdict, is_dataclass
 from datetime import timedelta
+from functools import cache
 from importlib import import_module
 from importlib.metadata import version, PackageNotFoundError
 from pathlib import Path
@@ -45,6 +46,7 @@ def _is_ours(obj) -> bool:
     "Defined in this library, or in a notebook that is being worked on."
     return getattr(obj, "__module__", "").split(".")[0] in ("tocsr", "__main__")
 
+@cache                            # `inspect` takes a second for a stage; what is defined anew is another object
 def _source(obj) -> str:
     "Source text; for a class defined in a notebook cell, which `inspect` cannot find, the newest cell that defines it."
     try: return textwrap.dedent(inspect.getsource(obj))
@@ -194,11 +196,12 @@ def rank() -> int:
 
 def connect(device: str = "auto"):
     "Let the processes of a launch find one another: nccl on GPUs, gloo on CPUs. Raises `StoreError` where they do not. A single process does nothing."
-    if world_size() == 1: return
+    if world_size() == 1 or torch.distributed.is_initialized(): return
     from accelerate import PartialState       # late: a single process needs none
     from tocsr.runtime import pick_device
     state = PartialState(cpu=pick_device(device).type == "cpu", timeout=timedelta(days=7))  # all may wait long for a stage that one computes
     if state.num_processes != world_size(): raise StoreError(f"{world_size()} processes were launched, {state.num_processes} found one another on {state.device}; use GPUs or profile device='cpu'")
+    atexit.register(state.destroy_process_group)     # else a thread of gloo may abort the interpreter on its way out
 
 def wait_for_all():
     "Return when every process is here."
