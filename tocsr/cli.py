@@ -493,7 +493,7 @@ def _columns_of(rows: list[dict]) -> str:
 def eval_command(
     dataset: Annotated[str, typer.Option(help="Set5, Set14, BSD100, Urban100, degraded, DIV2K-Val, RealSR or DRealSR.")],
     root: Annotated[Optional[Path], typer.Option(help="Folder with the set; for degraded the one that fetch-photos filled. Default $TOCSR_DATA.")] = None,
-    model: Annotated[Optional[list[str]], typer.Option(help="bicubic, span, animevideov3, x4plus, ours, the folder of a saved pipeline or the file of a regression net; may be repeated. Default: all of these names.")] = None,
+    model: Annotated[Optional[list[str]], typer.Option(help="bicubic, span, animevideov3, x4plus, ours, ours_clean, the folder of a saved pipeline or the file of a regression net; may be repeated. Default: all of these names.")] = None,
     metrics: Annotated[str, typer.Option(help="Names, separated by commas.")] = "psnry,ssim,stlpips,niqe",
     limit: Annotated[Optional[int], typer.Option(min=1, help="The first N images only.")] = None,
     threads: Annotated[Optional[int], typer.Option(min=1, help="CPU threads of every competitor.")] = None,

@@ -150,7 +150,7 @@ def eval_set(name: str, root: str | Path | None = None, verify: bool = True, dow
     return bicubic_set(name, root, download) if name in BICUBIC else standard_set(name, root)
 
 # %% ../nbs/tools/20_evaluation.ipynb #bd8901bd
-COMPETITORS = ("bicubic", "span", "animevideov3", "x4plus", "l1", "paper", "ours")  # names that claims are made of, in the tables' order
+COMPETITORS = ("bicubic", "span", "animevideov3", "x4plus", "l1", "paper", "ours", "ours_clean")  # names that claims are made of, in the tables' order
 DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16)
 
 @dataclass(frozen=True)
@@ -166,11 +166,11 @@ def _bicubic(threads: int, dtype: str) -> Callable:
     if dtype != "fp32": raise EvalError("bicubic is computed in fp32 only")
     return lambda lr, i: imresize(lr, SCALE)
 
-def _pipeline(folder: str | Path | None, threads: int, dtype: str) -> Callable:
+def _pipeline(folder: str | Path | None, threads: int, dtype: str, coarse: int | None = None) -> Callable:
     from tocsr.pipeline import TOCSRPipeline              # late: diffusers takes seconds to import
     pipe = TOCSRPipeline.from_pretrained(folder) if folder else TOCSRPipeline.from_pretrained()
     def f(lr, i):
-        with torch.autocast("cpu", DTYPES[dtype], enabled=dtype != "fp32"): return pipe(lr, seed=i, output_type="pt").images[0][None].float()
+        with torch.autocast("cpu", DTYPES[dtype], enabled=dtype != "fp32"): return pipe(lr, seed=i, coarse=coarse, output_type="pt").images[0][None].float()
     return f
 
 def _peer(name: str, threads: int, dtype: str) -> Callable:
@@ -187,10 +187,10 @@ def _regression(file: Path, threads: int, dtype: str) -> Callable:
         with torch.autocast("cpu", DTYPES[dtype], enabled=dtype != "fp32"): return net(lr).float()
     return f
 
-def _folder_model(name: str, title: str, folder: Path | None, where: Path) -> Model:
+def _folder_model(name: str, title: str, folder: Path | None, where: Path, coarse: int | None = None) -> Model:
     from tocsr.pipeline import TOCSRPipeline
     parts = sorted(f for f in where.rglob("*") if f.suffix in (".safetensors", ".json"))
-    return Model(name, title, config_hash([(str(f.relative_to(where)), file_hash(f)) for f in parts], source_hash(TOCSRPipeline)), lambda threads, dtype: _pipeline(folder, threads, dtype))
+    return Model(name, title, config_hash([(str(f.relative_to(where)), file_hash(f)) for f in parts], source_hash(TOCSRPipeline), coarse), lambda threads, dtype: _pipeline(folder, threads, dtype, coarse))
 
 _STUDENTS = dict(paper="one step, the paper's loss", l1="L1 regression, equal cost")
 
@@ -202,14 +202,15 @@ def open_model(spec: str | Path | Model) -> Model:
     if name in PEERS:
         why = missing_peer(name)
         return Model(name, peer(name).title, "" if why else peer_key(name), lambda threads, dtype: _peer(name, threads, dtype), why)
-    if name == "ours":
+    if name in ("ours", "ours_clean"):                    # as `tocsr upscale` and `tocsr upscale --clean`
+        title, coarse = ("ours", None) if name == "ours" else ("ours, --clean", 1)
         from tocsr.expansion import shipped
-        try: return _folder_model(name, "ours", None, shipped("onestep"))
-        except FileNotFoundError as e: return Model(name, "ours", "", missing=str(e))
+        try: return _folder_model(name, title, None, shipped("onestep"), coarse)
+        except FileNotFoundError as e: return Model(name, title, "", missing=str(e))
     path = Path(name).expanduser()
     if path.is_dir(): return _folder_model(path.name, _STUDENTS.get(path.name, path.name), path, path)
     if path.is_file(): return Model("l1", _STUDENTS["l1"], file_hash(path), lambda threads, dtype: _regression(path, threads, dtype))
-    raise EvalError(f"unknown model {name!r}; choose bicubic, {', '.join(PEERS)}, ours, the folder of a saved pipeline, or the file of a regression net")
+    raise EvalError(f"unknown model {name!r}; choose bicubic, {', '.join(PEERS)}, ours, ours_clean, the folder of a saved pipeline, or the file of a regression net")
 
 # %% ../nbs/tools/20_evaluation.ipynb #a005a283
 class Ledger:
@@ -465,12 +466,13 @@ def bars(result: dict, ours: str = "ours") -> list[dict]:
         rows.append(dict(row, value=v, met=None) if isinstance(v, str) else dict(row, value=dict(mean=v["value"], low=v["low"], high=v["high"]), met="yes" if v["value"] >= bar else "no"))
     return rows
 
-def bar_claims(result: dict, profile: str, scale: str = "nano", source: str = "nbs/tools/20_evaluation.ipynb") -> list[Claim]:
-    "A claim `sr.SET.bar_ID` per row of `bars`; its reason says whether the bar is met."
-    claim = lambda r, ours, spread, status, reason: Claim(f"sr.{GROUPS[result['set']]}.bar_{r['id']}", f"{r['bar']}, {len(result['images'])} images of {result['set']}", None, ours, spread, "", scale, profile, status, source,
+def bar_claims(result: dict, profile: str, ours: str = "ours", scale: str = "nano", source: str = "nbs/tools/20_evaluation.ipynb") -> list[Claim]:
+    "A claim `sr.SET.bar_ID` per row of `bars` (for other models than ours: `bar_ID_MODEL`); its reason says whether the bar is met."
+    suffix, title = ("", "") if ours == "ours" else (f"_{ours}", f"{result['models'][ours]['title']}: ")
+    claim = lambda r, ours, spread, status, reason: Claim(f"sr.{GROUPS[result['set']]}.bar_{r['id']}{suffix}", f"{title}{r['bar']}, {len(result['images'])} images of {result['set']}", None, ours, spread, "", scale, profile, status, source,
                                                          f"tocsr eval --dataset {result['set']}", reason)
     known = lambda r: claim(r, r["value"]["mean"], (r["value"]["low"], r["value"]["high"]), "partial", f"our own bar, not the paper's: at least {r['least']:g}, {'met' if r['met'] == 'yes' else 'not met'}")
-    return [claim(r, None, None, "not attempted", r["value"].removeprefix("not available: ")) if r["met"] is None else known(r) for r in bars(result)]
+    return [claim(r, None, None, "not attempted", r["value"].removeprefix("not available: ")) if r["met"] is None else known(r) for r in bars(result, ours)]
 
 # %% ../nbs/tools/20_evaluation.ipynb #26c7920e
 _TITLES = dict(psnry="PSNR-Y [dB]", ssim="SSIM", stlpips="ST-LPIPS", niqe="NIQE", lpips="LPIPS", dists="DISTS", musiq="MUSIQ", maniqa="MANIQA", clipiqa="CLIP-IQA", cpu_seconds="CPU seconds per image")
