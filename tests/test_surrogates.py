@@ -305,6 +305,7 @@ def test_every_surrogate_has_one_owner_and_work_is_even(library):
 
 def test_more_processes_than_surrogates_is_an_error(nano, monkeypatch, tmp_path):
     from types import SimpleNamespace
+    monkeypatch.setenv("WORLD_SIZE", "3"); monkeypatch.setattr("tocsr.surrogates.connect", lambda: None)
     monkeypatch.setattr("tocsr.surrogates.PartialState", lambda **kw: SimpleNamespace(process_index=0, num_processes=3, device=torch.device("cpu")))
     few = surrogate_library(cut(nano), {"Mid": ("R",), "D4": ("R/2",)})
     with pytest.raises(StageError, match="3 processes for 2 surrogates"): distill_shared(cut(nano), few, None, 1, 1e-3, tmp_path)
