@@ -18,13 +18,13 @@ from .store import Run, read_weights, save_weights, stage, write_json
 from .adapt import PairPool, SRModel, condition, heldout_pairs, make_pairs, score, start_noise, upsample
 from .complexity import count_macs, count_params
 from .diffusion import ddim_sample, nano_unet, noise_schedule, null_context, predict_epsilon
-from .expansion import LatentBank, load_codecs, load_teacher
+from .expansion import LatentBank, load_codecs, load_teacher, shipped_hash, shipped_record, timestep_weights
 from .images import load_photos
 from .latents import LatentCodec
 from .metrics import measure
 from .onestep import one_step
 from .runtime import pick_device
-from .search import as_architecture, as_vector, held_out_report, load_problem, random_vectors
+from .search import as_architecture, as_vector, held_out_report, load_problem, random_vectors, shipped_compact
 from .surrogates import (PAPER_ARCHITECTURE, REMOVED, Architecture, Library, StagedUNet, architecture_params, assemble, cut, feature_error, load_library,
                               removable, surrogate_library)
 from .training import fit, step_generator
@@ -189,6 +189,7 @@ class Lesson:
     noise: Tensor                 # (b, c, h, w)
     target: Tensor                # (b, c, h, w): the teacher's estimate of the noise
     features: dict                # stage -> what leaves it in the teacher; empty unless asked for
+    weight: Tensor                # (b,) of the loss, by timestep
 
 class Lessons:
     "Lesson of each step, alike for every network that learns from them."
@@ -199,7 +200,9 @@ class Lessons:
         crops: Callable[[int, torch.Generator], Tensor],  # n, generator -> clean latents
         batch: int, seed: int, device: torch.device,
         keep: int = 1000,         # answers that are remembered: 0.5 GB of nano latents at batch 32
+        weights: Tensor | None = None,  # (timesteps,) of the loss; None: ones
     ):
+        self.weights = torch.ones(schedule.config.num_train_timesteps) if weights is None else weights
         self.teacher, self.schedule, self.crops, self.batch, self.seed, self.device, self.keep = teacher.to(device), schedule, crops, batch, seed, device, keep
         self.known: dict[int, Tensor] = {}
 
@@ -208,18 +211,19 @@ class Lessons:
         g, dev = step_generator(self.seed, step), self.device
         z0 = self.crops(self.batch, g)
         t, noise = torch.randint(self.schedule.config.num_train_timesteps, (len(z0),), generator=g), torch.randn(z0.shape, generator=g)
-        z_t, t, noise = self.schedule.add_noise(z0, noise, t).to(dev), t.to(dev), noise.to(dev)
-        if step in self.known and not features: return Lesson(z_t, t, noise, self.known[step].to(dev), {})
+        weight, z_t, t, noise = self.weights[t].to(dev), self.schedule.add_noise(z0, noise, t).to(dev), t.to(dev), noise.to(dev)
+        if step in self.known and not features: return Lesson(z_t, t, noise, self.known[step].to(dev), {}, weight)
         with boundaries(self.teacher) as seen: target = predict_epsilon(self.teacher, z_t, t, self.schedule)
         if step < self.keep: self.known[step] = target.cpu()
-        return Lesson(z_t, t, noise, target, seen if features else {})
+        return Lesson(z_t, t, noise, target, seen if features else {}, weight)
 
 # %% ../nbs/06_ablations.ipynb #5a10c0dc
-def lesson_loss(net: nn.Module, staged: StagedUNet, lesson: Lesson, schedule, output: float, feature: float) -> dict[str, Tensor]:
-    "Loss and its parts; `staged` is `net` without what accelerate wraps around it."
+def lesson_loss(net: nn.Module, staged: StagedUNet, lesson: Lesson, schedule, output: float, feature: float, weighted: bool = True) -> dict[str, Tensor]:
+    "Loss and its parts; `staged` is `net` without what accelerate wraps around it, not `weighted` is eq. 16's equal weight of all timesteps."
     with boundaries(staged) as mine: estimate = predict_epsilon(net, lesson.z_t, lesson.t, schedule)
-    parts = dict(eps=(estimate - lesson.noise).pow(2).mean())
-    if output: parts["output"] = (estimate - lesson.target).pow(2).mean()
+    distance = lambda to: ((estimate - to).pow(2).mean((1, 2, 3))*(lesson.weight if weighted else 1.0)).mean()
+    parts = dict(eps=distance(lesson.noise))
+    if output: parts["output"] = distance(lesson.target)
     shared = [n for n in mine if feature and n in lesson.features and mine[n][0].shape == lesson.features[n][0].shape]
     if shared: parts["feature"] = torch.stack([feature_error((mine[n][0], ()), (lesson.features[n][0], ())).mean() for n in shared]).mean()
     weights = dict(eps=1.0, output=output, feature=feature)
@@ -233,10 +237,11 @@ def learn(
     scratch: Path,
     output: float = 0.0,          # weight of the teacher's estimate
     feature: float = 0.0,         # weight of its features
+    weighted: bool = True,        # over timesteps, as the lessons say
     ema: float = 0.995, device: str = "auto", mixed_precision: str = "no", log=None,
 ) -> list[dict]:                  # loss curve
     "Fine-tune `net` on `lessons`, resuming from `scratch`."
-    def loss(step, models): return lesson_loss(models["net"], net, lessons(step, features=feature > 0), lessons.schedule, output, feature)
+    def loss(step, models): return lesson_loss(models["net"], net, lessons(step, features=feature > 0), lessons.schedule, output, feature, weighted)
     ema = ema if steps > 400 else min(ema, 1 - 5/max(steps, 10))     # a short run's average must forget its start
     return fit(dict(net=net.requires_grad_(True)), loss, steps, lr, scratch, ema=ema, warmup=min(50, steps//4), device=device, mixed_precision=mixed_precision, log=log)
 
@@ -248,6 +253,7 @@ class Rival:
     make: Callable[[int], StagedUNet]  # seed -> a network of its own
     output: float                 # weights of the loss
     feature: float = 0.0
+    weighted: bool = True         # over timesteps
 
 def rivals(teacher: StagedUNet, library: Library, chosen: str, budget: float, cfg: StudyConfig) -> dict[str, Rival]:
     "All networks of the study by name, `ours` first."
@@ -256,7 +262,7 @@ def rivals(teacher: StagedUNet, library: Library, chosen: str, budget: float, cf
     return dict(
         ours=Rival("ours: noise and teacher's estimate", own(chosen), cfg.output),
         features=Rival("and teacher's features", own(chosen), cfg.output, cfg.feature),
-        eq16=Rival("noise alone (eq. 16)", own(chosen), 0.0),
+        eq16=Rival("noise alone (eq. 16)", own(chosen), 0.0, weighted=False),
         narrow=Rival("narrowed teacher, from scratch", lambda seed: narrow_network(teacher, budget, seed), cfg.output),
         bksdm=Rival("hand-made removal (BK-SDM's order)", lambda seed: copy.deepcopy(hand), cfg.output),
         paper_vector=Rival("the paper's vector", own(PAPER_ARCHITECTURE), cfg.output))
@@ -290,31 +296,34 @@ def study_rows(named: dict[str, Rival], nets: dict[str, StagedUNet], report: dic
     return rows
 
 # %% ../nbs/06_ablations.ipynb #5a10c0e1
-@stage("compact_study", upstream=("teacher", "surrogates", "search"), config=lambda p: (p.study, p.search.target_ratio, p.seed))
+@stage("compact_study", upstream=("teacher", "surrogates", "search"), config=lambda p: (p.study, p.search.target_ratio, p.seed, shipped_hash(p.compact.start, "compact")))
 def run_compact_study(run: Run) -> dict:
-    "Rivals of the chosen architecture at equal parameters and steps: held-out error, share of the teacher's advantage, Fréchet distance to its samples."
+    "Rivals of the chosen architecture at equal parameters and steps, and that architecture as shipped: held-out error, share of the teacher's advantage, Fréchet distance to its samples."
     p, cfg, device = run.profile, run.profile.study, pick_device(run.profile.device)
     source = load_teacher(run.up["teacher"]); schedule, codec, teacher = source.schedule, source.codec, cut(source.unet.eval().requires_grad_(False))
     library, side = load_library(run.up["surrogates"].path, teacher), p.data.patch//source.codec.factor
     bank = LatentBank.encode(codec, load_photos(p.data).split("train"))
+    weights = timestep_weights(cfg.weighting, schedule, bank)
     named = rivals(teacher, library, run.up["search"].results["chosen"]["architecture"], count_params(teacher)/p.search.target_ratio, cfg)
     nets, curves, cost = dict(teacher=teacher), {}, {}
     for seed in range(cfg.seeds):
-        lessons = Lessons(teacher, schedule, lambda n, g: bank.crops(n, side, g), cfg.batch, p.seed + 101*seed, device)
+        lessons = Lessons(teacher, schedule, lambda n, g: bank.crops(n, side, g), cfg.batch, p.seed + 101*seed, device, weights=weights)
         for name, r in named.items():
             net, key, start = r.make(p.seed + seed), f"{name} {seed}", time.perf_counter()
-            curves[key] = learn(net, lessons, cfg.steps, cfg.lr, run.scratch/key, r.output, r.feature, cfg.ema, p.device, p.mixed_precision)
+            curves[key] = learn(net, lessons, cfg.steps, cfg.lr, run.scratch/key, r.output, r.feature, r.weighted, cfg.ema, p.device, p.mixed_precision)
             nets[key] = net
             cost.setdefault(name, _cost(net, side) | dict(train_s=time.perf_counter() - start))
             run.log(f"{key}: {cost[name]['params']/1e6:.2f} M, loss {np.mean([h['loss'] for h in curves[key][-10:]]):.4f}")
-    teacher_results = run.up["teacher"].results
-    report = held_out_report(nets, schedule, read_weights(run.up["teacher"].file("held_out.safetensors"))["latents"], teacher_results["ratio"]["linear_error"], device)
-    rows = study_rows(named, nets, report, cost, cfg.seeds)
+    ready = {}
+    if net := shipped_compact(p, str(nets["ours 0"].architecture), run.log):
+        nets["shipped 0"], ready, cost["shipped"] = net, dict(shipped=Rival("ours, as shipped", lambda seed: net, cfg.output)), _cost(net, side)
+    report = held_out_report(nets, schedule, read_weights(run.up["teacher"].file("held_out.safetensors"))["latents"], run.up["teacher"].results["ratio"]["linear_error"], device)
+    rows = study_rows(ready, nets, report, cost, 1) + study_rows(named, nets, report, cost, cfg.seeds)
     for r in rows: run.log(f"{r['name']}: error {r['ratio']:.3f} of the linear denoiser's, kept {r['kept']}")
-    fd = _picture_study(run, {"teacher": teacher, **{n: nets[f"{n} 0"] for n in named}}, codec.to(device), schedule, side, device)
+    fd = _picture_study(run, {"teacher": teacher, **{n: nets[f"{n} 0"] for n in (*ready, *named)}}, codec.to(device), schedule, side, device)
     write_json(run.dir/"curves.json", curves)
     return dict(rows=[r | dict(frechet=fd[r["name"]]) for r in rows], floor=fd["other noise"], teacher=report["teacher"] | _cost(teacher, side), steps=cfg.steps, seeds=cfg.seeds,
-                fwkd_steps=p.surrogates.steps, samples=cfg.samples)
+                fwkd_steps=p.surrogates.steps, samples=cfg.samples, shipped_steps=sum(shipped_record("compact")["steps"].values()) if ready else 0)
 
 def _cost(net: StagedUNet, side: int) -> dict:
     return dict(params=count_params(net), macs=count_macs(net, torch.empty(1, net.conv_in.in_channels, side, side), torch.tensor([1]), null_context(net, 1)))
@@ -381,14 +390,14 @@ def run_fidelity_rank(run: Run) -> dict:
     problem, teacher, library = load_problem(p, run.up)
     source = load_teacher(run.up["teacher"]); schedule, side = source.schedule, p.data.patch//source.codec.factor
     bank = LatentBank.encode(source.codec, load_photos(p.data).split("train"))
-    lessons = Lessons(teacher, schedule, lambda n, g: bank.crops(n, side, g), cfg.rank_batch, p.seed + 57, device)
+    lessons = Lessons(teacher, schedule, lambda n, g: bank.crops(n, side, g), cfg.rank_batch, p.seed + 57, device, weights=timestep_weights(cfg.weighting, schedule, bank))
     held, linear = read_weights(run.up["teacher"].file("held_out.safetensors"))["latents"][:cfg.rank_latents], run.up["teacher"].results["ratio"]["linear_error"]
     answers = sorted((r for r in run.up["search"].results["front"] if r["feasible"]), key=lambda r: r["params"])
     front, budget, rows = [as_vector(problem.space, r["architecture"]) for r in answers], count_params(teacher)/p.search.target_ratio, []
     for i, (stratum, a) in enumerate(stratified(problem.space, problem.costs, front, budget, cfg.rank_architectures, p.seed)):
         net = copy.deepcopy(assemble(teacher, library, as_architecture(problem.space, a)))
         f_acc = problem.gap(a)
-        learn(net, lessons, cfg.rank_steps, cfg.lr, run.scratch/f"rank-{i}", cfg.output, 0.0, cfg.ema, p.device, p.mixed_precision)
+        learn(net, lessons, cfg.rank_steps, cfg.lr, run.scratch/f"rank-{i}", cfg.output, ema=cfg.ema, device=p.device, mixed_precision=p.mixed_precision)
         after = held_out_report(dict(net=net), schedule, held, linear, device)["net"]["ratio"]
         rows.append(dict(stratum=stratum, architecture=str(net.architecture), params=count_params(net), f_acc=float(f_acc), after=after))
         run.log(f"{i + 1} of {cfg.rank_architectures}: {stratum} {net.architecture}, f_acc {f_acc:.3g}, error after tuning {after:.3f}")
@@ -425,13 +434,15 @@ def study_claims(study: dict, rank: dict) -> dict[str, dict]:
     "Claim id -> text, ours (None: not measurable), spread, reason, from the results of stages `compact_study` and `fidelity_rank`."
     rows, out, t = {r["name"]: r for r in study["rows"]}, {}, study["teacher"]["ratio"]
     for id, (name, text) in CLAIMS.items():
-        r = rows[name]; seeds = r["kept_seeds"]
+        r = rows.get("shipped", rows[name]) if name == "ours" else rows[name]; seeds = r["kept_seeds"]
         if r["kept"] is None:
             out[f"compact.{id}"] = dict(text=text, ours=None, spread=None, reason=f"the teacher has no advantage over the linear denoiser: {t:.3f} of its error; the network's is {r['ratio']:.3f}")
             continue
         spread = (min(seeds), max(seeds)) if len(seeds) > 1 else (r["kept"] - 1.96*r["kept_se"], r["kept"] + 1.96*r["kept_se"])
-        bar, over = "bar 0.9" if name == "ours" else "bar: below ours", "seeds" if len(seeds) > 1 else "held-out latents"
-        out[f"compact.{id}"] = dict(text=text, ours=r["kept"], spread=spread, reason=f"{bar}; {study['steps']} steps, {len(seeds)} seed(s), {r['params']/1e6:.2f} M parameters; interval over {over}")
+        alike = f"ours after {study['steps']} steps: {rows['ours']['kept']:.2f}"
+        bar, steps = (f"bar 0.9; {alike}", study["shipped_steps"]) if r["name"] == "shipped" else ("bar 0.9" if name == "ours" else f"bar: below ours at equal steps; {alike}", study["steps"])
+        over = "seeds" if len(seeds) > 1 else "held-out latents"
+        out[f"compact.{id}"] = dict(text=text, ours=r["kept"], spread=spread, reason=f"{bar}; {steps:,} steps, {len(seeds)} seed(s), {r['params']/1e6:.2f} M parameters; interval over {over}")
     k = rank["f_acc"]
     out["compact.kendall_tau"] = dict(
         text="Kendall's tau between f_acc before and held-out error after tuning", ours=k["tau"], spread=None if k["tau"] is None else (k["low"], k["high"]),

@@ -375,8 +375,8 @@ def notebooks_table(root: Path, times: dict) -> str:
     lines = [f"| notebook | | tables, figures | {' | '.join(PROFILES)} |", "|" + "---|"*(3 + len(PROFILES))]
     for p in stage_notebooks(root):
         runs = {q: times.get(q, {}).get(p.stem) for q in PROFILES}
-        made = sorted({m for r in runs.values() if r for m in r["made"] if re.match("(table|figure)_", m)})
-        lines.append(f"| [{p.stem}](nbs/{p.name}) | {_heading(p)} | {', '.join(made) or 'none yet'} | {' | '.join(map(cost, runs.values()))} |")
+        made = sorted({m for r in runs.values() if r for m in r["made"] if not re.match("(ours|peers|students|bench)_", m)}, key=lambda m: (not re.match("(table|figure)_", m), m))
+        lines.append(f"| [{p.stem}](nbs/{p.name}) | {_heading(p)} | {', '.join(made) or 'shown inside'} | {' | '.join(map(cost, runs.values()))} |")
     machines = {q: sorted({_hardware(r["machine"]) for r in times[q].values()}) for q in PROFILES if times.get(q)}
     return "\n".join(lines + [""] + [f"Profile `{q}` measured on: {'; '.join(m)}.  " for q, m in machines.items()]) + "\n"
 
@@ -503,13 +503,13 @@ def eval_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result with all values per image as JSON.")] = False,
 ):
     "Measure enlargers on a test set; an interrupted run goes on where it stopped."
-    from tocsr.evaluation import COMPETITORS, DATASETS, eval_set, evaluate, open_model, table
+    from tocsr.evaluation import DATASETS, NAMED, eval_set, evaluate, open_model, table
     from tocsr.metrics import METRICS
     names = [n.strip() for n in metrics.split(",") if n.strip()]
     for what, given, valid in (("test set", [dataset], DATASETS), ("metric", names, METRICS)):
         if bad := [g for g in given if g not in valid]: raise ChoiceError(f"unknown {what} {bad[0]!r}; choose from {', '.join(valid)}")
     if not names: raise ChoiceError(f"no metric given; choose from {', '.join(METRICS)}")
-    models = [open_model(m) for m in model or [c for c in COMPETITORS if c not in ("paper", "l1")]]  # those two are models of a run, without a name here
+    models = [open_model(m) for m in model or NAMED]
     chosen = eval_set(dataset, root, not unverified, download)
     result = evaluate(models, chosen.first(limit) if limit else chosen, names, threads, dtype)
     if as_json: return typer.echo(json.dumps(result, indent=1))
@@ -533,10 +533,10 @@ def bench_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ):
     "Time enlargers side by side on this machine's CPU."
-    from tocsr.evaluation import COMPETITORS, DTYPES, bench
+    from tocsr.evaluation import DTYPES, NAMED, bench
     kinds = [d.strip() for d in dtype.split(",")]
     if bad := [d for d in kinds if d not in DTYPES]: raise ChoiceError(f"unknown dtype {bad[0]!r}; choose from {', '.join(DTYPES)}")
-    rows = bench(model or [c for c in COMPETITORS if c not in ("paper", "l1")], _numbers(sizes, "sizes"), _numbers(threads, "threads"), kinds, repeats)
+    rows = bench(model or [n for n in NAMED if n != "ours_clean"], _numbers(sizes, "sizes"), _numbers(threads, "threads"), kinds, repeats)
     if as_json: return typer.echo(json.dumps(dict(machine=machine(), rows=rows), indent=1))
     typer.echo(f"{machine()['cpu']}; median of {repeats} warm calls in turns, one image per call, LR tensor to SR tensor, autoencoder included, loading and files excluded\n\n{_columns_of(rows)}")
 

@@ -48,7 +48,8 @@ def millions(n: float) -> str:
 
 def _legend(fig, letters: str):
     handles = [plt.Rectangle((0, 0), 1, 1, fc=COLORS[k]) for k in "RAS" if k in letters]
-    fig.legend(handles, [LEGEND[k] for k in "RAS" if k in letters], loc="outside lower center", ncols=3)
+    fig.legend(handles, [LEGEND[k] for k in "RAS" if k in letters], loc="outside lower center", ncols=3,
+               bbox_to_anchor=(0, 0, 1, 1), bbox_transform=fig.transFigure)   # else it would follow the edge that saving cuts, onto the small print
 
 def draw_library(
     rows: Sequence[dict],         # "stage", "design", "params", the teacher's own design first in each stage
@@ -58,7 +59,7 @@ def draw_library(
     stages = {s: [r for r in rows if r["stage"] == s] for s in dict.fromkeys(r["stage"] for r in rows)}
     depth = max(len(v) + (s in removable) for s, v in stages.items())
     with style():
-        fig, axes = plt.subplots(1, len(stages), figsize=(1.05*len(stages), 0.42*depth + 0.8), sharey=True)
+        fig, axes = plt.subplots(1, len(stages), figsize=(1.05*len(stages), 0.42*depth + 0.9), sharey=True)
         for ax, (name, options) in zip(axes, stages.items()):
             for i, r in enumerate(options):
                 draw_stage(ax, r["design"], 0, -i)
@@ -66,7 +67,7 @@ def draw_library(
             if name in removable:
                 draw_stage(ax, "none", 0, -len(options)); ax.text(0, -len(options) - 0.34, "removed", ha="center", va="top", fontsize=5, color="#444444")
             ax.axhline(-0.6, color="#cccccc", lw=0.6)
-            ax.set(title=name, xlim=(-3.1, 3.1), ylim=(-depth + 0.3, 0.5), xticks=[], yticks=[]); ax.grid(False); ax.spines[:].set_visible(False)
+            ax.set(title=name, xlim=(-3.1, 3.1), ylim=(-depth + 0.05, 0.5), xticks=[], yticks=[]); ax.grid(False); ax.spines[:].set_visible(False)
         _legend(fig, "".join(r["design"] for r in rows))
     return fig
 

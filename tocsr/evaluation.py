@@ -24,11 +24,12 @@ from .report import Claim
 from .store import config_hash, file_hash, load_weights, machine, read_weights, runs_dir, source_hash, write_atomic, write_json
 
 # %% auto #0
-__all__ = ['SCALE', 'BICUBIC', 'DEGRADED', 'STANDARD', 'DATASETS', 'MOST', 'FIRST_SEED', 'COMPETITORS', 'DTYPES', 'CHUNK',
-           'GROUPS', 'EvalError', 'EvalSet', 'bicubic_set', 'standard_set', 'pixel_hash', 'corners', 'choose_crops',
-           'cut_and_degrade', 'make_manifest', 'packaged_manifest', 'degraded_set', 'eval_set', 'Model', 'open_model',
-           'Ledger', 'Runner', 'evaluate', 'values_of', 'median_time', 'table', 'paired', 'share_of_way', 'save_result',
-           'load_result', 'join', 'sr_claims', 'bars', 'bar_claims', 'trade_off', 'strip', 'bench_image', 'bench']
+__all__ = ['SCALE', 'BICUBIC', 'DEGRADED', 'STANDARD', 'DATASETS', 'MOST', 'FIRST_SEED', 'COMPETITORS', 'NAMED', 'DTYPES',
+           'CHUNK', 'GROUPS', 'EvalError', 'EvalSet', 'bicubic_set', 'standard_set', 'pixel_hash', 'corners',
+           'choose_crops', 'cut_and_degrade', 'make_manifest', 'packaged_manifest', 'degraded_set', 'eval_set', 'Model',
+           'open_model', 'Ledger', 'Runner', 'evaluate', 'values_of', 'median_time', 'table', 'paired', 'share_of_way',
+           'save_result', 'load_result', 'join', 'sr_claims', 'bars', 'bar_claims', 'trade_off', 'strip', 'bench_image',
+           'bench']
 
 # %% ../nbs/tools/20_evaluation.ipynb #88662a46
 SCALE = 4
@@ -151,6 +152,7 @@ def eval_set(name: str, root: str | Path | None = None, verify: bool = True, dow
 
 # %% ../nbs/tools/20_evaluation.ipynb #bd8901bd
 COMPETITORS = ("bicubic", "span", "animevideov3", "x4plus", "l1", "paper", "ours", "ours_clean")  # names that claims are made of, in the tables' order
+NAMED = tuple(c for c in COMPETITORS if c not in ("l1", "paper"))   # those two are models of a run and have no name outside of it
 DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16)
 
 @dataclass(frozen=True)
@@ -487,29 +489,21 @@ def _points(result: dict, x: str, y: str) -> list[tuple[str, str, dict, dict]]:
     all_ = [(name, m["title"], stat(name, x), stat(name, y)) for name, m in _ordered(result)]
     return [p for p in all_ if not isinstance(p[2], str) and not isinstance(p[3], str)]
 
-def _label(ax, points: Sequence[tuple[str, float, float]]):
-    "Names beside points: to the left where a neighbour or the edge is at the right."
-    ax.autoscale_view()                                  # matplotlib would fix the limits only when drawing
-    at = [ax.transAxes.inverted().transform(ax.transData.transform(p[1:])) for p in points]
-    for i, (title, x, y) in enumerate(points):
-        near = any(0 < at[j][0] - at[i][0] < 0.25 and abs(at[j][1] - at[i][1]) < 0.12 for j in range(len(at)))
-        left = near or at[i][0] > 0.7
-        ax.annotate(title, (x, y), xytext=(-4 if left else 4, 4), textcoords="offset points", ha="right" if left else "left", fontsize=6.5)
-
 def trade_off(result: dict, x: str = "psnry", y: str = "stlpips", ours: Sequence[str] = ("ours",)):
     "Figure of one measure against another, a point per competitor with its intervals; raises `EvalError` where nobody has both."
     import matplotlib.pyplot as plt
-    from tocsr.plots import OURS, PAPER, style
+    from tocsr.plots import OURS, PALETTE, style
     points = _points(result, x, y)
     if not points: raise EvalError(f"no competitor has both {x} and {y} on {result['set']}")
     arm = lambda s: [[0], [0]] if s["low"] is None else [[s["mean"] - s["low"]], [s["high"] - s["mean"]]]
     with style():
-        fig, ax = plt.subplots(figsize=(3.6, 2.7))
+        fig, ax = plt.subplots(figsize=(5, 2.7))
+        others = iter(zip(PALETTE[1:]*2, "sD^vP*X<>hHd"))
         for name, title, a, b in points:
-            ax.errorbar(a["mean"], b["mean"], xerr=arm(a), yerr=arm(b), fmt="o", color=OURS if name in ours else PAPER, elinewidth=0.7, capsize=1.5)
+            color, mark = (OURS, "o") if name in ours else next(others)
+            ax.errorbar(a["mean"], b["mean"], xerr=arm(a), yerr=arm(b), fmt=mark, color=color, markersize=4.5, elinewidth=0.6, capsize=1.5, label=title)
         if x == "cpu_seconds": ax.set_xscale("log")
-        ax.set(xlabel=_axis(x), ylabel=_axis(y)); ax.margins(x=0.12)
-        _label(ax, [(title, a["mean"], b["mean"]) for _, title, a, b in points])
+        ax.set(xlabel=_axis(x), ylabel=_axis(y)); ax.legend(loc="upper left", bbox_to_anchor=(1.02, 1), fontsize=6.5)   # points lie too close for names beside them
         ax.set_title(f"{result['set']}, {len(result['images'])} images, {result['degradation']}; {result['protocol']['threads']} thread(s)", fontsize=7)
     return fig
 

@@ -23,10 +23,10 @@ from .training import fit, step_generator
 # %% auto #0
 __all__ = ['VARIANTS', 'vae_loss', 'pca_teacher', 'make_student', 'train_autoencoder', 'train_decoder', 'widen_autoencoder',
            'fit_bridge', 'fold_bridge', 'expand_unet', 'LatentBank', 'colour_jitter', 'timestep_weights',
-           'crop_batches', 'train_unet', 'train_jointly', 'shipped', 'shipped_hash', 'autoencoder_teacher',
-           'round_trip', 'run_autoencoder', 'compare_shapes', 'Teacher', 'save_teacher', 'read_teacher', 'load_teacher',
-           'load_codecs', 'make_base', 'compare_expansions', 'joint_phase', 'strongest_linear', 'judge', 'run_teacher',
-           'shipped_teacher', 'sample_latents']
+           'crop_batches', 'train_unet', 'train_jointly', 'shipped', 'shipped_record', 'shipped_hash',
+           'autoencoder_teacher', 'round_trip', 'run_autoencoder', 'compare_shapes', 'Teacher', 'save_teacher',
+           'read_teacher', 'load_teacher', 'load_codecs', 'make_base', 'compare_expansions', 'joint_phase',
+           'strongest_linear', 'judge', 'run_teacher', 'shipped_teacher', 'sample_latents']
 
 # %% ../nbs/01_expansion.ipynb #ba61c108
 def vae_loss(
@@ -54,6 +54,9 @@ def make_student(cfg: AutoencoderConfig, channels: int, pca: LatentCodec) -> Lat
     if cfg.shape == "tiny": return LatentCodec(AutoencoderTiny(latent_channels=channels))
     return widen_autoencoder(load_codec(cfg.shape), channels)
 
+def _fit_codec(part, loss, steps: int, lr: float, scratch: Path, log, device: str) -> list[dict]:
+    return fit(dict(codec=part), loss, steps, lr, scratch, warmup=min(100, steps//10), ema=0.995 if steps > 500 else None, log=log, device=device)
+
 def train_autoencoder(
     codec: LatentCodec,           # student, changed in place
     teacher: LatentCodec,
@@ -67,17 +70,18 @@ def train_autoencoder(
     def loss(step, models):
         x = photos.crops(cfg.batch, data.patch, step_generator(data.seed, step)).to(next(codec.parameters()).device)
         return vae_loss(codec, teacher.to(x.device), x, cfg.lam_lat, cfg.lam_rec)
-    curve = fit(dict(codec=codec), loss, cfg.steps, cfg.lr, Path(scratch)/"both", warmup=min(100, cfg.steps//10), ema=0.995 if cfg.steps > 500 else None, log=log, device=device)
+    curve = _fit_codec(codec, loss, cfg.steps, cfg.lr, Path(scratch)/"both", log, device)
     return curve + train_decoder(codec, photos, cfg, Path(scratch)/"decoder", data, log, device)
 
 def train_decoder(codec: LatentCodec, photos: Photos, cfg: AutoencoderConfig, scratch: Path, data: DataConfig = DataConfig(), log=None, device: str = "auto") -> list[dict]:
-    "Minimise |x - D(E(x))|_1 over the decoder for `cfg.decoder_steps` steps, the encoder fixed (ours); returns the loss curve."
+    "Minimise |x - D(E(x))|_2^2, whose minimum is PSNR's maximum, over the decoder for `cfg.decoder_steps` steps, the encoder fixed (ours); returns the loss curve."
     if not cfg.decoder_steps: return []
     def loss(step, models):
         x = photos.crops(cfg.batch, data.patch, step_generator(data.seed + 1, step)).to(next(codec.parameters()).device)
         with torch.no_grad(): z = codec.encode(x)
-        return (codec.decode(z) - x).abs().mean()
-    curve = fit(dict(codec=decoder_only(codec)), loss, cfg.decoder_steps, cfg.lr, scratch, warmup=min(100, cfg.decoder_steps//10), ema=0.995 if cfg.decoder_steps > 500 else None, log=log, device=device)
+        error = codec.decode(z) - x
+        return dict(loss=error.pow(2).mean(), rec=error.abs().mean())
+    curve = _fit_codec(decoder_only(codec), loss, cfg.decoder_steps, cfg.lr, scratch, log, device)
     codec.requires_grad_(True)
     return curve
 
@@ -258,10 +262,15 @@ def train_jointly(
 
 # %% ../nbs/01_expansion.ipynb #715e1673
 def shipped(name: str) -> Path:
-    "Folder of the weights that the library ships under `name` ('codec16', 'codec4', 'teacher', 'onestep'); raises `FileNotFoundError` when it ships none."
-    path = Path(str(files("tocsr")))/"weights"/name
+    "Folder of the weights that the library ships under `name` ('codec4', 'codec16', 'teacher', 'compact', 'onestep'); raises `FileNotFoundError` when it ships none."
+    path = Path(str(files("tocsr")))/"weights"/("teacher/vae" if name == "codec16" else name)   # the teacher's latents are codec16's
     if not (path/"config.json").is_file(): raise FileNotFoundError(f"tocsr ships no weights {name!r} ({path}); use profile release, which trains them")
     return path
+
+def shipped_record(name: str) -> dict:
+    "What the model card says of the shipped weights `name`: steps, hours, results and more."
+    record = json.loads((Path(str(files("tocsr")))/"weights"/"record.json").read_text())
+    return next(w for w in record["weights"] if w["name"] == name)
 
 def shipped_hash(start: str, *names: str) -> list[str]:
     "Hashes of the shipped weights that a stage starts from; none unless `start` is 'shipped'."
@@ -291,6 +300,7 @@ def run_autoencoder(run: Run) -> dict:
     results, curves = {}, {}
     for c in (cfg.base_channels, cfg.channels):
         teacher = autoencoder_teacher(cfg, train, c)
+        torch.manual_seed(p.seed)                                                  # of the weights that do not come from the PCA
         trained = make_student(cfg, c, pca_teacher(train, c, cfg.pca_patches))
         steps = cfg.steps if cfg.start == "scratch" or c == cfg.channels else 0    # one training is enough to show how it goes
         if steps: curves[f"{c}ch"] = train_autoencoder(trained, teacher, train, cfg, run.scratch/f"{c}ch", p.data, run.log, p.device)
@@ -309,6 +319,7 @@ def compare_shapes(run: Run, train: Photos, held: Tensor) -> dict:
     cfg, rows, cost = run.profile.autoencoder, {}, {}
     x = torch.zeros(1, 3, run.profile.data.patch, run.profile.data.patch)
     pca = pca_teacher(train, cfg.channels, cfg.pca_patches)
+    torch.manual_seed(run.profile.seed)
     students = {s: make_student(replace(cfg, shape=s), cfg.channels, pca) for s in ("lowres", "tiny")}
     for s, codec in students.items(): cost[s] = count_macs(codec, x)/x[0, 0].numel()
     for s, codec in students.items():

@@ -31,8 +31,7 @@ from .training import fit, step_generator
 __all__ = ['PAPER_LOSS', 'COARSE', 'one_step', 'Fusion', 'Generator', 'teacher_endpoints', 'gradient_loss', 'Features',
            'feature_loss', 'Critic', 'critic_loss', 'adversarial_loss', 'LossWeights', 'distill', 'picture_losses',
            'consistent', 'RegressionNet', 'equal_cost_net', 'train_regression', 'save_generator', 'load_generator',
-           'load_onestep', 'run_all', 'competitors', 'loss_variants', 'train_students', 'run_onestep', 'evaluate',
-           'difference']
+           'load_onestep', 'run_all', 'competitors', 'loss_variants', 'train_students', 'run_onestep', 'evaluate']
 
 # %% ../nbs/05_onestep.ipynb #5ae41fc6
 def one_step(model: SRModel, z_T: Tensor, z_l: Tensor) -> Tensor:
@@ -125,26 +124,26 @@ def feature_loss(a: list[Tensor], b: list[Tensor]) -> Tensor:
     return sum((unit(u) - unit(v)).pow(2).sum(1).mean() for u, v in zip(a, b))/len(a)
 
 class Critic(nn.Module):
-    "Judges feature maps position by position: `Features` maps -> scores (b, n), high for photographs."
-    def __init__(self, channels=Features.CHANNELS, width: int = 64):
+    "Judges pictures (b, 3, h, w), sides multiples of 4, patch by patch: by their pixels and by the finest of their `Features` maps; a list of score maps (b, 1, h', w'), high for photographs."
+    def __init__(self, channels=Features.CHANNELS[:2], width: int = 64):
         super().__init__()
-        head = lambda c: nn.Sequential(spectral_norm(nn.Conv2d(c, width, 1)), nn.LeakyReLU(0.2), spectral_norm(nn.Conv2d(width, 1, 3, padding=1)))
-        self.heads = nn.ModuleList(map(head, channels))
+        conv = lambda i, o, k=3, s=1: spectral_norm(nn.Conv2d(i, o, k, s, 1 if k > 1 else 0))
+        self.pixels = nn.Sequential(nn.PixelUnshuffle(2), conv(12, 48), nn.LeakyReLU(0.2), conv(48, 64, 4, 2), nn.LeakyReLU(0.2), conv(64, 96), nn.LeakyReLU(0.2), conv(96, 1))
+        self.heads = nn.ModuleList(nn.Sequential(conv(c, width, 1), nn.LeakyReLU(0.2), conv(width, 1)) for c in channels)
 
-    def forward(self, maps: list[Tensor]) -> Tensor:
-        scores = [head(f).flatten(1) for head, f in zip(self.heads, maps)]
-        positions = sum(s.shape[1] for s in scores)
-        return torch.cat([s*(positions/len(scores)/s.shape[1]) for s in scores], 1)      # the mean over n weighs every map alike
+    def forward(self, x: Tensor, maps: list[Tensor]) -> list[Tensor]:
+        return [self.pixels(x), *(head(f) for head, f in zip(self.heads, maps))]
 
-def critic_loss(critic: Critic, fake: list[Tensor], real: list[Tensor]) -> Tensor:
-    "Hinge loss of the critic on detached feature maps, averaged over maps."
-    score = lambda maps: [head(f.detach()) for head, f in zip(critic.heads, maps)]
-    return sum(F.relu(1 - r).mean() + F.relu(1 + f).mean() for r, f in zip(score(real), score(fake)))/len(critic.heads)
+def critic_loss(critic: Critic, fake: tuple[Tensor, list[Tensor]], real: tuple[Tensor, list[Tensor]]) -> Tensor:
+    "Hinge loss of the critic on detached (picture, feature maps), averaged over its score maps."
+    score = lambda x, maps: critic(x.detach(), [f.detach() for f in maps])
+    pairs = list(zip(score(*real), score(*fake)))
+    return sum(F.relu(1 - r).mean() + F.relu(1 + f).mean() for r, f in pairs)/len(pairs)
 
-def adversarial_loss(critic: Critic, fake: list[Tensor]) -> Tensor:
-    "What the generator minimises: minus the score, by a critic whose weights are held fixed."
-    frozen = {k: v.detach() for k, v in critic.named_parameters()}
-    return -torch.func.functional_call(critic, frozen, (fake,)).mean()
+def adversarial_loss(critic: Critic, fake: tuple[Tensor, list[Tensor]]) -> Tensor:
+    "What the generator minimises: minus the score of (picture, feature maps), averaged over maps, by a critic whose weights are held fixed."
+    scores = torch.func.functional_call(critic, {k: v.detach() for k, v in critic.named_parameters()}, fake)
+    return -sum(s.mean() for s in scores)/len(scores)
 
 # %% ../nbs/05_onestep.ipynb #c60ed3af
 @dataclass(frozen=True)
@@ -154,7 +153,7 @@ class LossWeights:
     pixel: float = 0.0            # L1 to the HR image
     gradient: float = 0.0         # gradient_loss to the HR image
     feature: float = 0.0          # feature_loss to the HR image
-    adversarial: float = 0.0      # adversarial_loss; grows linearly over the first fifth of the steps
+    adversarial: float = 0.0      # adversarial_loss; grows linearly from the first tenth of the steps to four tenths
     decoder: bool = False         # train the decoder too
     fusion: int = 0               # blocks of a `Fusion` that is trained along; 0: none
 
@@ -184,10 +183,10 @@ def distill(
         if weights.pixel or weights.gradient or features:
             x = upsample(pair.lr, pair.hr.shape[-1]//pair.lr.shape[-1]).to(dev)
             parts |= picture_losses(student.decode(z, x), pair.hr.to(dev), features, live.get("critic"))
-        rate = {"adversarial": weights.adversarial*min(1, 5*step/cfg.steps), "critic": 1.0}
+        rate = {"adversarial": weights.adversarial*min(1, max(0, step/cfg.steps - 0.1)/0.3), "critic": 1.0}
         return parts | dict(loss=sum(rate.get(k, getattr(weights, k, 0))*v for k, v in parts.items()))
     return fit(models, loss, cfg.steps, cfg.lr, scratch, ema=min(cfg.ema, 1 - 5/max(cfg.steps, 10)), warmup=cfg.steps//10,
-               device=device, mixed_precision=mixed_precision, log=log)
+               device=device, mixed_precision=mixed_precision, log=log, rates=dict(critic=4.0))
 
 def picture_losses(x: Tensor, hr: Tensor, features: Features | None, critic: Critic | None) -> dict[str, Tensor]:
     "Distances of x to hr, both (b, 3, h, w) in [-1, 1], by term of `LossWeights`; with a critic also its own loss."
@@ -196,7 +195,7 @@ def picture_losses(x: Tensor, hr: Tensor, features: Features | None, critic: Cri
         fake = features(x)
         with torch.no_grad(): real = features(hr)
         parts["feature"] = feature_loss(fake, real)
-        if critic: parts |= dict(adversarial=adversarial_loss(critic, fake), critic=critic_loss(critic, fake, real))
+        if critic: parts |= dict(adversarial=adversarial_loss(critic, (x, fake)), critic=critic_loss(critic, (x, fake), (hr, real)))
     return parts
 
 # %% ../nbs/05_onestep.ipynb #115ddef8
@@ -365,10 +364,3 @@ def evaluate(methods: dict[str, tuple[Callable, dict]], p: Profile) -> tuple[lis
     values = {k: measure(p.eval.metrics, sr, hr, border=p.data.scale) for k, (sr, _) in got.items()}
     rows = [dict(method=k, **methods[k][1], seconds=s, **{m: summary(v) for m, v in values[k].items()}) for k, (_, s) in got.items()]
     return rows, dict(LR=lr[:4], **{k: sr[:4] for k, (sr, _) in got.items()}, HR=hr[:4]), values
-
-def difference(values: dict[str, dict], a: str, b: str, metric: str, relative: bool = False) -> dict | str:
-    "Mean over crops of `metric` of method `a` minus that of `b`, with the bootstrap interval of the paired differences; `relative`: over b's mean. Or why there is none."
-    x, y = (values[m].get(metric, "not available: not measured") for m in (a, b))
-    if reason := next((v for v in (x, y) if isinstance(v, str)), None): return reason
-    unit = sum(y)/len(y) if relative else 1
-    return summary([(u - v)/unit for u, v in zip(x, y)])

@@ -21,12 +21,12 @@ from .diffusion import ddim_sample
 from .expansion import shipped
 from .images import _to_rgb, to_array, to_tensor
 from .onestep import Generator, consistent, load_generator, save_generator
-from .store import StoreError, load_weights, read_weights
+from .store import StoreError, file_hash, load_weights, read_weights
 
 # %% auto #0
 __all__ = ['MULTIPLE', 'TILE', 'OVERLAP', 'as_tensors', 'reflect_index', 'Enlarged', 'tile_starts', 'tile_weights', 'tiled',
-           'UpscaleOutput', 'TOCSRPipeline', 'model_folder', 'ModelInfo', 'model_info', 'tile_difference',
-           'measure_peak']
+           'UpscaleOutput', 'TOCSRPipeline', 'model_folder', 'weight_hashes', 'ModelInfo', 'model_info',
+           'tile_difference', 'measure_peak']
 
 # %% ../nbs/tools/13_pipeline.ipynb #9ea53735
 def _from_array(a: np.ndarray) -> list[Tensor]:
@@ -141,8 +141,10 @@ class TOCSRPipeline:
     def from_pretrained(cls, folder: str | Path | None = None, revision: str | None = None) -> "TOCSRPipeline":
         "From a folder of `save_pretrained` or a name on the Hugging Face hub; None: the weights that the library ships. Raises `StoreError` for what is no model."
         folder = model_folder(folder, revision)
-        parts = [f for n in ("vae", "fusion") if (f := folder/n/_WEIGHTS).is_file()]
-        for f in parts: read_weights(f)                                  # damaged? then say so before diffusers does, at length
+        parts = [folder/n/_WEIGHTS for n in ("vae", "fusion") if (folder/n).is_dir()]
+        for f in parts:                                                  # incomplete, damaged? then say so before diffusers does, at length
+            if not (config := f.with_name("config.json")).is_file(): raise StoreError(f"{config} is missing; copy the whole folder of the model again")
+            read_weights(f)
         with _quiet(): generator, config = load_generator(folder)
         for f in parts: load_weights(f, dict(vae=generator.codec.model, fusion=generator.fusion)[f.parent.name])  # diffusers only warns of missing tensors
         return cls(generator, config["scale"], config["coarse"], config["about"])
@@ -239,6 +241,10 @@ def model_folder(source: str | Path | None, revision: str | None = None) -> Path
     try: return Path(snapshot_download(str(source), revision=revision, allow_patterns=["*.json", "*.safetensors"]))
     except Exception as e:  # the hub raises many kinds, with messages of many lines
         raise StoreError(f"{source} is no folder here, and the hub did not deliver a model of that name ({type(e).__name__})") from e
+
+def weight_hashes(source: str | Path | None = None) -> list[str]:
+    "Hashes of a model's weights, of the shipped one's for None: whether a number was measured with them."
+    return [file_hash(f) for f in sorted(model_folder(source).rglob("*.safetensors"))]
 
 # %% ../nbs/tools/13_pipeline.ipynb #c5ec7ea2
 @dataclass(frozen=True)

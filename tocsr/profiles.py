@@ -31,7 +31,7 @@ class AutoencoderConfig:
     shape: str = "lowres"         # student: "lowres" (ours), "tiny" (diffusers AutoencoderTiny) or a path
     start: str = "shipped"        # "shipped" weights go downstream, or "scratch": what is trained here does
     steps: int = 150              # of the training run shown in the notebook (and of the result, from scratch)
-    decoder_steps: int = 0        # further steps of the decoder alone, by L1, after a start from scratch (ours)
+    decoder_steps: int = 0        # further steps of the decoder alone, by L2, after a start from scratch (ours)
     batch: int = 16
     lr: float = 5e-4
     lam_lat: float = 0.1
@@ -97,6 +97,7 @@ class SearchConfig:
     truth: tuple[str, ...] = ("E1: RA RR R", "E2: RA RR R", "E3: RA RR R", "deepest: R/2-R/2-R/2 none", "D3: RAA RA R", "D2: RAA RA R", "D1: RAA RA R")  # subspace whose every f_acc is measured
     truth_latents: int = 50       # of that measurement, common to all architectures; a multiple of the ten noise levels is best
     truth_swap_latents: int = 128 # other latents, on which its single swaps are measured
+    truth_front_latents: int = 500  # further ones, on which neighbours of its front are compared
     truth_table: str = "shipped"  # which table the comparison searches: "shipped" (where there is one) or "measured" (stage truth of this profile)
     compare_eps: tuple[float, ...] = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # the paper's number of eps, in units of `eps_unit`: over two decades, as the measured front runs
     compare_iterations: int = 40  # evaluations per eps (paper: 40)
@@ -107,11 +108,13 @@ class SearchConfig:
 @dataclass(frozen=True)
 class CompactConfig:
     "End-to-end fine-tuning of the chosen architecture (eq. 16)."
+    start: str = "shipped"        # "shipped": the compact network that ships stands beside what is trained here, and goes on to later stages, where the search chose its architecture; "scratch": none does
     steps: int = 200
     batch: int = 32
     lr: float = 5e-4
     ema: float = 0.995
     distill: float = 1.0          # weight of output distillation in our variant (0: the paper's)
+    weighting: str = "linear"     # of timesteps in our variant, as in TeacherConfig; the paper's variant has eq. 16's, all alike
 
 @dataclass(frozen=True)
 class AdaptConfig:
@@ -134,9 +137,9 @@ class OneStepConfig:
     endpoints: int = 768          # pairs of the pool whose endpoint is computed and cached
     distill: float = 0.1          # weight of L_distill in our variant (the paper's: L_distill alone)
     pixel: float = 1.0            # weight of the L1 distance to the HR image
-    gradient: float = 1.0         # weight of the multi-scale gradient distance to the HR image
-    feature: float = 0.1          # weight of the distance between ImageNet features
-    adversarial: float = 0.01     # weight of the critic's opinion
+    gradient: float = 0.5         # weight of the multi-scale gradient distance to the HR image
+    feature: float = 0.6          # weight of the distance between ImageNet features
+    adversarial: float = 0.02     # weight of the critic's opinion
     decoder: bool = True          # the decoder is trained along
     fusion: int = 4               # residual blocks that see the input past the bottleneck; 0: none, as in the paper
     ablation: tuple[str, ...] = ("features",)  # parts of our loss that are trained beside it: pixels, decoder, features, bottleneck
@@ -161,6 +164,7 @@ class StudyConfig:
     ema: float = 0.995
     output: float = 1.0           # weight of the teacher's estimate as a second target
     feature: float = 0.1          # weight of the teacher's features at stage boundaries, in the variant that uses them
+    weighting: str = "linear"     # of timesteps, as in TeacherConfig; the variant of eq. 16 weighs all alike
     seeds: int = 1                # of data order and of random weights
     samples: int = 24             # pictures sampled from equal noise
     sample_steps: int = 16
@@ -210,7 +214,7 @@ def _smoke() -> Profile:
         teacher=TeacherConfig(base_steps=4, expand_steps=3, joint_steps=2, batch=4, warmup=2, eval_samples=16, linear_crops=1_000),
         surrogates=SurrogateConfig(steps=3, batch=4, eval_batches=1),
         search=SearchConfig(eps=(0.5, 1.0), iterations=4, initial=2, seeds=1, fidelity_samples=16, fidelity_batch=16,
-                            truth=("E1: R", "E2: R", "E3: R", "deepest: none", "D3: R", "D2: RA", "D1: RAA"), truth_latents=20, truth_swap_latents=20, truth_table="measured",
+                            truth=("E1: R", "E2: R", "E3: R", "deepest: none", "D3: R", "D2: RA", "D1: RAA"), truth_latents=20, truth_swap_latents=20, truth_front_latents=20, truth_table="measured",
                             compare_eps=(0.5, 1.0), compare_iterations=8, compare_front=12, compare_seeds=2, compare_seeds_slow=1),
         compact=CompactConfig(steps=3, batch=4),
         adapt=AdaptConfig(pool=12, steps=3, batch=4, sample_steps=(1, 2)),
@@ -222,7 +226,7 @@ def _smoke() -> Profile:
 def _cpu() -> Profile:
     return Profile(
         "cpu", search=SearchConfig(truth_latents=20), adapt=AdaptConfig(steps=300), onestep=OneStepConfig(ablation=()),
-        study=StudyConfig(steps=64, rank_steps=12))
+        study=StudyConfig(steps=128, seeds=3, rank_steps=12))
 
 def _release() -> Profile:
     return Profile(
@@ -233,9 +237,9 @@ def _release() -> Profile:
         surrogates=SurrogateConfig(steps=3_000, batch=32, eval_batches=16),
         search=SearchConfig(eps=(0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5), iterations=40, seeds=20, fidelity_samples=512,
                             truth_latents=250, truth_table="measured", compare_seeds_slow=20),
-        compact=CompactConfig(steps=20_000, ema=0.9995),
+        compact=CompactConfig(start="scratch", steps=20_000, lr=1.5e-3, ema=0.9995),
         adapt=AdaptConfig(degradation="mixed", pool=16_384, lr=5e-4, steps=20_000, batch=32, ema=0.9995, sample_steps=(1, 2, 4, 10, 50)),
-        onestep=OneStepConfig(shipped=False, lr=3e-4, steps=10_000, batch=32, ema=0.999, ablation=("pixels", "decoder", "features"), teacher_steps=50, endpoints=16_384),
+        onestep=OneStepConfig(shipped=False, lr=1.5e-4, steps=20_000, batch=32, ema=0.999, distill=0.02, adversarial=0.2, ablation=("pixels", "decoder", "features"), teacher_steps=50, endpoints=16_384),
         ablation=AblationConfig(pool=8_192, steps=5_000, batch=32),
         study=StudyConfig(steps=20_000, ema=0.9995, seeds=3, samples=512, sample_steps=50, rank_architectures=24, rank_steps=1_000, rank_batch=32, rank_latents=512),
         eval=EvalConfig(crops=100, crop=512, metrics=("psnry", "ssim", "niqe", "lpips", "stlpips", "dists", "musiq", "fid")))
@@ -246,9 +250,9 @@ def _gpu() -> Profile:
         teacher=TeacherConfig(start="scratch", base_steps=4_000, expand_steps=500, joint_steps=300, steps=8_000, batch=128, lr=1e-3,
                               warmup=300, ema=0.999, sizes=(1.0, 0.7, 0.5), jitter=0.3, eval_samples=1024, linear_crops=60_000),
         surrogates=SurrogateConfig(steps=1_000, batch=64, eval_batches=8),
-        compact=CompactConfig(steps=4_000, batch=128, ema=0.999),
+        compact=CompactConfig(start="scratch", steps=4_000, batch=128, lr=1.5e-3, ema=0.999),
         adapt=AdaptConfig(degradation="mixed", pool=8_192, steps=4_000, batch=64, ema=0.999, sample_steps=(1, 2, 4, 10, 50)),
-        onestep=OneStepConfig(shipped=False, steps=2_000, batch=64, ema=0.995, ablation=("pixels", "decoder", "features"), teacher_steps=20, endpoints=8_192),
+        onestep=OneStepConfig(shipped=False, lr=2e-4, steps=2_000, batch=64, ema=0.995, distill=0.02, adversarial=0.2, ablation=("pixels", "decoder", "features"), teacher_steps=20, endpoints=8_192),
         ablation=AblationConfig(pool=4_096, steps=800, batch=64),
         study=StudyConfig(steps=4_000, batch=128, ema=0.999, seeds=3, samples=512, sample_steps=50, rank_architectures=24, rank_steps=500, rank_batch=64, rank_latents=512))
 
@@ -262,11 +266,11 @@ def _paper() -> Profile:
                               lr=1e-5, warmup=1_000, ema=0.9999, eval_samples=1024),
         surrogates=SurrogateConfig(steps=20_000, batch=32, lr=1e-4, eval_batches=32),
         search=SearchConfig(eps=(0.001, 0.002, 0.003, 0.004, 0.005, 0.006, 0.007, 0.008), eps_unit="absolute", iterations=40, seeds=1, fidelity_samples=512, fidelity_batch=16),
-        compact=CompactConfig(steps=100_000, batch=64, lr=1e-5, ema=0.9999),
+        compact=CompactConfig(start="scratch", steps=100_000, batch=64, lr=1e-5, ema=0.9999, weighting="epsilon"),
         adapt=AdaptConfig(pool=32_768, steps=100_000, batch=64, lr=5e-5, ema=0.9999, sample_steps=(1, 2, 4, 10, 50)),
         onestep=OneStepConfig(shipped=False, steps=50_000, batch=32, lr=1e-5, teacher_steps=50, endpoints=32_768),
         ablation=AblationConfig(pool=32_768, steps=50_000, batch=32, lr=1e-4),
-        study=StudyConfig(steps=100_000, batch=64, lr=1e-5, ema=0.9999, samples=1_024, sample_steps=50, rank_steps=2_000, rank_batch=64, rank_latents=512),
+        study=StudyConfig(steps=100_000, batch=64, lr=1e-5, ema=0.9999, samples=1_024, sample_steps=50, rank_steps=2_000, rank_batch=64, rank_latents=512, weighting="epsilon"),
         eval=EvalConfig(crops=3_000, crop=512, metrics=("psnry", "ssim", "lpips", "dists", "niqe", "musiq", "maniqa", "clipiqa", "fid")))
 
 _BUILDERS = dict(smoke=_smoke, cpu=_cpu, release=_release, gpu=_gpu, paper=_paper)

@@ -16,7 +16,8 @@ from scipy.linalg import cho_factor, cho_solve
 from scipy.optimize import Bounds, LinearConstraint, milp, minimize
 from scipy.special import log_ndtr
 from .complexity import count_macs, count_params
-from .diffusion import denoising_errors, diffusion_loss, noise_schedule, null_context, predict_epsilon
+from .diffusion import denoising_errors, noise_schedule, null_context, predict_epsilon
+from .expansion import LatentBank, load_teacher, shipped, shipped_hash, timestep_weights
 from .images import load_photos
 from .profiles import CompactConfig, SearchConfig
 from .runtime import pick_device
@@ -40,7 +41,7 @@ __all__ = ['ENUMERATE', 'INTERACTION', 'EXTRAS', 'AMPLITUDES', 'LOG_SD', 'METHOD
            'load_problem', 'grid_unit', 'run_search', 'load_evaluations', 'table_s6', 'plot_front', 'table_problem',
            'comparison_table', 'front_curves', 'hypervolume', 'run_until', 'compare_seed', 'run_compare', 'quartiles',
            'summary', 'step_seconds', 'front_evaluations', 'search_claims', 'plot_fronts', 'tune', 'kept_advantage',
-           'held_out_report', 'run_compact', 'load_compact', 'plot_compact']
+           'shipped_compact', 'held_out_report', 'run_compact', 'load_compact', 'plot_compact']
 
 # %% ../nbs/03_search.ipynb #081e84a3
 class SearchError(ValueError):
@@ -1083,7 +1084,7 @@ def run_compare(run: Run) -> dict:
             out.setdefault(m, []).append(json.loads(path.read_text()))
         run.log(f"{m}: {len(out[m])} seeds, {1e3*np.mean([s['step_s'] for s in out[m]]):.0f} ms per step, front regret {np.median([s['regret'][-1] for s in out[m]]):.2%}")
     write_json(run.dir/"seeds.json", out)
-    return dict(source=source, size=len(table), unit=unit, eps=list(cfg.compare_eps), optimum=optimum.tolist(), swaps=len(swap_vectors(table.space)),
+    return dict(source=source, size=len(table), front=table.meta["front"], unit=unit, eps=list(cfg.compare_eps), optimum=optimum.tolist(), swaps=len(swap_vectors(table.space)),
                 cap=cfg.compare_iterations, front_budget=cfg.compare_front, methods={m: summary(s, cfg.compare_iterations) for m, s in out.items()}, left_out={m: absent(m) for m in METHODS if absent(m)}, step_38x5=step_seconds())
 
 # %% ../nbs/03_search.ipynb #bd10e356
@@ -1134,7 +1135,8 @@ def search_claims(artifact: Artifact, ours: str = "structured") -> dict[str, dic
     return {"search.evals_1pct_ours": evals(ours), "search.evals_1pct_paper": evals("paper"), "search.evals_1pct_best_rival": evals(best),
             "search.front_evals_ours": claim(reach["median"], [reach["low"], reach["high"]], f"evaluations until the front's regret is the paper's after {m['paper']['evaluations']}"),
             "search.front_regret_ours": regret(ours), "search.front_regret_paper": regret("paper"),
-            "search.step_cpu_s_38x5": claim(r["step_38x5"], None, "at 200 evaluations"), "search.truth_size": claim(r["size"], None, "architectures measured")}
+            "search.step_cpu_s_38x5": claim(r["step_38x5"], None, "at 200 evaluations"), "search.truth_size": claim(r["size"], None, "architectures measured"),
+            "search.front_ordered": claim(r["front"]["share"], None, f"bar 0.95; {r['front']['pairs']} pairs in the order of the table's few latents, certain on {r['front']['latents']} others; those that fail differ little")}
 
 def plot_fronts(artifact: Artifact):
     "Mean regret of the front over eps against evaluations: median and quartiles over seeds, every method."
@@ -1158,6 +1160,7 @@ def tune(
     cfg: CompactConfig,
     distill: float,               # weight of the teacher's estimate as a second target; 0: eq. 16
     scratch: Path,
+    weights: torch.Tensor | None = None,  # (timesteps,) of the loss; None: ones, as in eq. 16
     seed: int = 0, device: str = "auto", mixed_precision: str = "no", log=None,
 ) -> list[dict]:                  # loss curve: loss, and its parts eps and output where the teacher takes part
     "End-to-end fine-tuning of an assembled network; returns the loss curve."
@@ -1165,11 +1168,13 @@ def tune(
         g, dev = step_generator(seed, step), next(models["net"].parameters()).device
         z0 = crops(cfg.batch, g)
         t, noise = torch.randint(schedule.config.num_train_timesteps, (len(z0),), generator=g).to(dev), torch.randn(z0.shape, generator=g).to(dev)
-        if not distill: return diffusion_loss(models["net"], z0.to(dev), t, noise, schedule)
-        z_t = schedule.add_noise(z0.to(dev), noise, t)
-        with torch.no_grad(): target = predict_epsilon(teacher.to(dev), z_t, t, schedule)
+        z_t, w = schedule.add_noise(z0.to(dev), noise, t), 1.0 if weights is None else weights.to(dev)[t]
+        distance = lambda a, b: ((a - b).pow(2).mean((1, 2, 3))*w).mean()
         estimate = predict_epsilon(models["net"], z_t, t, schedule)
-        eps, output = (estimate - noise).pow(2).mean(), (estimate - target).pow(2).mean()
+        eps = distance(estimate, noise)
+        if not distill: return dict(loss=eps, eps=eps)
+        with torch.no_grad(): target = predict_epsilon(teacher.to(dev), z_t, t, schedule)
+        output = distance(estimate, target)
         return dict(loss=eps + distill*output, eps=eps, output=output)
     ema = cfg.ema if cfg.steps > 400 else min(cfg.ema, 1 - 5/max(cfg.steps, 10))
     return fit(dict(net=net.requires_grad_(True)), loss, cfg.steps, cfg.lr, scratch, ema=ema, warmup=min(50, cfg.steps//4), device=device, mixed_precision=mixed_precision, log=log)
@@ -1180,6 +1185,13 @@ def kept_advantage(ratio: float, teacher: float) -> float | None:
 
 # %% ../nbs/03_search.ipynb #fe602daa
 VARIANTS = ("ours", "paper")      # with the teacher's estimate as second target, and by eq. 16 alone
+
+def shipped_compact(profile, architecture: str, log: Callable[[str], None] = print) -> StagedUNet | None:
+    "The compact network that ships, in evaluation mode; None, said in the log, where the profile wants none, has a teacher of its own or searched its way to another architecture."
+    if "scratch" in (profile.compact.start, profile.teacher.start): return None
+    net = load_network(shipped("compact"))
+    if str(net.architecture) == architecture: return net
+    log(f"the compact network that ships is {net.architecture}, the search chose {architecture}: it takes no part")
 
 def held_out_report(
     nets: dict[str, torch.nn.Module],  # "teacher" first
@@ -1203,22 +1215,22 @@ def held_out_report(
     return out
 
 # %% ../nbs/03_search.ipynb #6367cc05
-@stage("compact", upstream=("teacher", "surrogates", "search"), config=lambda p: (p.compact, p.seed))
+@stage("compact", upstream=("teacher", "surrogates", "search"), config=lambda p: (p.compact, p.seed, shipped_hash(p.compact.start, "compact")))
 def run_compact(run: Run) -> dict:
-    "Fine-tune the chosen architecture by eq. 16 and with output distillation, at equal budgets; writes both networks."
-    from tocsr.expansion import LatentBank, load_teacher
+    "Fine-tune the chosen architecture by eq. 16 and with output distillation, at equal budgets; writes both networks, and the one that ships where it is the same."
     p, cfg, device = run.profile, run.profile.compact, pick_device(run.profile.device)
     source = load_teacher(run.up["teacher"]); schedule = source.schedule
     teacher = cut(source.unet.eval().requires_grad_(False))
     start = assemble(teacher, load_library(run.up["surrogates"].path, teacher), run.up["search"].results["chosen"]["architecture"])
     held, size = read_weights(run.up["teacher"].file("held_out.safetensors"))["latents"], p.data.patch//source.codec.factor
-    bank = LatentBank.encode(source.codec, load_photos(p.data).split("train"))
+    bank = LatentBank.encode(source.codec, load_photos(p.data).split("train"), sizes=p.teacher.sizes, jitter=p.teacher.jitter)
     nets, curves = dict(teacher=teacher, assembled=start), {}
-    for name, weight in zip(VARIANTS, (cfg.distill, 0.0)):
+    for name, distill, weights in zip(VARIANTS, (cfg.distill, 0.0), (timestep_weights(cfg.weighting, schedule, bank), None)):
         net = copy.deepcopy(start)
-        curves[name] = tune(net, teacher, schedule, lambda n, g: bank.crops(n, size, g), cfg, weight, run.scratch/name, p.seed, p.device, p.mixed_precision, run.log)
-        save_network(run.dir/name, net)
+        curves[name] = tune(net, teacher, schedule, lambda n, g: bank.crops(n, size, g), cfg, distill, run.scratch/name, weights, p.seed, p.device, p.mixed_precision, run.log)
         nets[name] = net
+    if ready := shipped_compact(p, str(start.architecture), run.log): nets["shipped"] = ready
+    for name in [n for n in nets if n not in ("teacher", "assembled")]: save_network(run.dir/name, nets[name])
     schedule.save_pretrained(run.dir/"scheduler")
     write_json(run.dir/"curves.json", curves)
     report = held_out_report(nets, schedule, held, run.up["teacher"].results["ratio"]["linear_error"], device)
@@ -1227,18 +1239,21 @@ def run_compact(run: Run) -> dict:
     ratios = {k: cost["teacher"][k]/cost["compact"][k] for k in ("params", "macs")}
     return dict(architecture=str(start.architecture), cost=cost, ratios=ratios, held_out=report, latents=len(held), steps=cfg.steps)
 
-def load_compact(artifact: Artifact, variant: str = "ours"):  # -> StagedUNet in evaluation mode, DDPMScheduler
-    "Network and schedule that stage `compact` left: variant 'ours' (with output distillation) or 'paper' (eq. 16)."
+def load_compact(artifact: Artifact, variant: str = ""):  # -> StagedUNet in evaluation mode, DDPMScheduler
+    "Network and schedule that stage `compact` left: 'ours' (with output distillation), 'paper' (eq. 16) or 'shipped', where the stage has it; '' is 'shipped' there and 'ours' elsewhere."
     from diffusers import DDPMScheduler
-    if variant not in VARIANTS: raise StoreError(f"variant {variant!r}: choose one of {', '.join(VARIANTS)}")
+    there = [v for v in ("shipped", *VARIANTS) if (artifact.path/v).is_dir()]
+    if variant and variant not in there: raise StoreError(f"variant {variant!r}: choose one of {', '.join(there)}")
+    variant = variant or there[0]
     return load_network(artifact.path/variant), DDPMScheduler.from_pretrained(artifact.path/"scheduler")
 
 # %% ../nbs/03_search.ipynb #6468d8f3
 def plot_compact(results: dict):
-    "Denoising error relative to the linear denoiser per noise level: teacher, assembled, tuned by both losses."
+    "Denoising error relative to the linear denoiser per noise level: teacher, assembled, tuned by both losses, shipped."
     import matplotlib.pyplot as plt
     from tocsr.plots import OURS, PAPER, style
-    looks = dict(teacher=("#000000", "teacher"), assembled=("#E69F00", "assembled, untuned"), paper=(PAPER, "tuned, eq. 16"), ours=(OURS, "tuned, and distilled"))
+    steps = results["steps"]
+    looks = dict(teacher=("#000000", "teacher"), assembled=("#E69F00", "assembled, untuned"), paper=(PAPER, f"eq. 16, {steps} steps"), ours=(OURS, f"ours, {steps} steps"), shipped=("#56B4E9", "ours, as shipped"))
     with style():
         fig, ax = plt.subplots(figsize=(4.6, 2.4))
         for name, h in results["held_out"].items():

@@ -98,12 +98,14 @@ def fit(
     mixed_precision: str = "no",
     device: str = "auto",
     log: Callable[[str], None] | None = None,
+    rates: dict[str, float] | None = None,  # model -> multiple of `lr` at which it learns; 1 for those not named
 ) -> list[dict]:                  # one record per step: step, lr, loss and what else `loss` returned
     "Train `models` for `steps` steps of AdamW, resuming from `scratch`; raises `TrainingError` when the loss is not finite. All processes of a launch call it alike and end with equal weights."
     connect(device)
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision=mixed_precision)
-    params = [p for m in models.values() for p in m.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.99), fused=accelerator.device.type in ("cpu", "cuda"))
+    groups = [dict(params=own, multiple=(rates or {}).get(n, 1.0)) for n, m in models.items() if (own := [p for p in m.parameters() if p.requires_grad])]
+    params = [p for g in groups for p in g["params"]]
+    optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.99), fused=accelerator.device.type in ("cpu", "cuda"))
     live, optimizer, average = {n: accelerator.prepare_model(m.to(accelerator.device), evaluation_mode=True) for n, m in models.items()}, accelerator.prepare(optimizer), None  # placed and cast, not wrapped
     _share(models)
     if ema:
@@ -116,7 +118,7 @@ def fit(
     saved, bar = time.monotonic(), tqdm(total=steps, initial=start, disable=rank() > 0 or not sys.stderr.isatty(), leave=False)
     for step in range(start, steps):
         rate = learning_rate(step, steps, lr, warmup, schedule)
-        for group in optimizer.param_groups: group["lr"] = rate
+        for group in optimizer.param_groups: group["lr"] = rate*group["multiple"]
         history.append(dict(step=step, lr=rate, **_step(accelerator, live, loss, step, optimizer, params, clip)))
         if average: average.step(params)
         bar.update()

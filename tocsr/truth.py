@@ -27,8 +27,8 @@ from .training import step_generator
 # %% auto #0
 __all__ = ['DEEPEST', 'QUANTITIES', 'CERTAIN', 'Subspace', 'declare', 'Probe', 'standard_error', 'Walk', 'walk_errors',
            'cost_tables', 'swap_vectors', 'swap_products', 'TruthTable', 'shipped_truth', 'load_truth', 'ship_truth',
-           'pareto', 'ordered_share', 'Parts', 'load_parts', 'measure_chunks', 'seconds_alone', 'run_truth',
-           'pick_costs']
+           'pareto', 'ordered_share', 'Parts', 'load_parts', 'measure_chunks', 'errors_alone', 'seconds_alone',
+           'front_order', 'run_truth', 'pick_costs']
 
 # %% ../nbs/tools/16_truth.ipynb #bfe14bf7
 DEEPEST = "deepest"               # E4, Mid and D4 as one stage
@@ -308,27 +308,37 @@ def measure_chunks(run: Run, parts: Parts, space: Subspace, probe: Probe) -> tup
     return torch.cat([c["errors"] for c in out], dim=1), sum(c["seconds"].item() for c in out)
 
 @torch.no_grad()
+def errors_alone(parts: Parts, space: Subspace, probe: Probe, row: int) -> Tensor:  # (2, n)
+    "f_acc and denoising error of one architecture per latent, without the walk."
+    net = assemble(parts.teacher, parts.library, space.architecture(np.unravel_index(row, space.counts)))
+    return torch.cat([b.errors(net(b.z_t, b.t, null_context(net, len(b.t))).sample) for b in probe.batches(64)], dim=1).cpu()
+
 def seconds_alone(parts: Parts, space: Subspace, probe: Probe, errors: Tensor, n: int = 12) -> float:
     "Mean processor seconds of measuring `n` random architectures one by one; raises `StageError` when one differs from the walk's value."
     rows, spent = np.random.default_rng(0).choice(space.size, min(n, space.size), replace=False), 0.0
     for r in rows:
-        net, start = assemble(parts.teacher, parts.library, space.architecture(np.unravel_index(r, space.counts))), time.process_time()
-        alone = torch.cat([b.errors(net(b.z_t, b.t, null_context(net, len(b.t))).sample) for b in probe.batches(64)], dim=1).cpu()
+        start = time.process_time()
+        alone = errors_alone(parts, space, probe, r)[0]
         spent += time.process_time() - start
-        if not torch.allclose(alone[0], errors[0, r], rtol=1e-2, atol=1e-6*probe.power):
-            raise StageError(f"the walk gives {errors[0, r].mean():.6g} for {net.architecture}, the network itself {alone[0].mean():.6g}")
+        if not torch.allclose(alone, errors[0, r], rtol=1e-2, atol=1e-6*probe.power):
+            raise StageError(f"the walk gives {errors[0, r].mean():.6g} for {space.architecture(np.unravel_index(r, space.counts))}, the network itself {alone.mean():.6g}")
     return spent/len(rows)
+
+def front_order(parts: Parts, space: Subspace, probe: Probe, rows: np.ndarray) -> dict:
+    "`ordered_share` of the front's `rows` on latents of its own."
+    errors = torch.stack([errors_alone(parts, space, probe, r)[0] for r in rows])
+    return dict(ordered_share(errors, probe.t.cpu(), np.arange(len(rows))), latents=len(probe.t))
 
 # %% ../nbs/tools/16_truth.ipynb #3ca67b2f
 @stage("truth", upstream=("teacher", "surrogates"),
-       config=lambda p: (p.search.truth, p.search.truth_latents, p.search.truth_swap_latents, p.surrogates.calibration_share, p.seed), alone=True)
+       config=lambda p: (p.search.truth, p.search.truth_latents, p.search.truth_swap_latents, p.search.truth_front_latents, p.surrogates.calibration_share, p.seed), alone=True)
 def run_truth(run: Run) -> dict:
     "f_acc of every architecture of the declared subspace; writes truth.safetensors (what ships) and errors.safetensors (per latent)."
     cfg, rows, ratio = run.profile.search, run.up["surrogates"].results["rows"], run.up["teacher"].results["ratio"]
-    parts = load_parts(run.profile, run.up, cfg.truth_latents + cfg.truth_swap_latents, stream=37)
+    sizes = cfg.truth_latents, cfg.truth_swap_latents, cfg.truth_front_latents
+    parts = load_parts(run.profile, run.up, sum(sizes), stream=37)
     space, levels = declare(parts.teacher, parts.library, cfg.truth), len(ratio["linear_error"])
-    draw = lambda z, k: Probe.draw(parts.teacher, parts.schedule, z, run.profile.seed + k, levels)
-    probe, other = draw(parts.latents[:cfg.truth_latents], 0), draw(parts.latents[cfg.truth_latents:], 1)
+    probe, other, fresh = (Probe.draw(parts.teacher, parts.schedule, z, run.profile.seed + k, levels) for k, z in enumerate(parts.latents.split(sizes)))
     run.log(f"{space.size} architectures on {cfg.truth_latents} latents")
     products = swap_products(parts.teacher, parts.library, space, other)
     errors, seconds = measure_chunks(run, parts, space, probe)
@@ -336,11 +346,11 @@ def run_truth(run: Run) -> dict:
     gap, t = errors[0].double().mean(1), probe.t.cpu()
     tensors = dict(gap=gap.float(), gap_se=standard_error(errors[0].double(), t).float(), excess=_excess(errors[1], t, ratio["linear_error"]), products=products)
     tensors |= (costs := cost_tables(parts.teacher, parts.library, space, parts.latents.shape[-1], rows))
-    front = ordered_share(errors[0], t, pareto(pick_costs(space, costs["params"]), gap.numpy()))
+    front = front_order(parts, space, fresh, pareto(pick_costs(space, costs["params"]), gap.numpy()))
     meta = _provenance(run, parts, space, probe, gap) | dict(teacher_ratio=ratio["mean"], seconds=seconds, seconds_alone=alone, saving=alone*space.size/seconds, front=front)
     save_weights(run.dir/"truth.safetensors", tensors, truth=json.dumps(meta))
     save_weights(run.dir/"errors.safetensors", dict(errors=errors, t=t))
-    run.log(f"{seconds:.0f} processor seconds, one by one {meta['saving']:.1f} times that; {front['share']:.0%} of {front['pairs']} pairs on the front are ordered")
+    run.log(f"{seconds:.0f} processor seconds, one by one {meta['saving']:.1f} times that; {front['share']:.0%} of {front['pairs']} pairs on the front are ordered on {front['latents']} latents")
     return meta | dict(size=space.size)
 
 def pick_costs(space: Subspace, table: Tensor) -> np.ndarray:  # (size,)
