@@ -31,7 +31,7 @@ SCRIPT = """
     save_library(out/f"library-{state.process_index}", library, teacher)
     f_acc = Fidelity.draw(teacher, noise_schedule(), torch.randn(4, 4, 8, 8, generator=common_generator(4, 0)))(assemble(teacher, library, PAPER_ARCHITECTURE))
     save_weights(out/f"numbers-{state.process_index}.safetensors", dict(losses=losses, f_acc=f_acc.errors))
-    print("process", state.process_index, "of", state.num_processes, "trained", len(shard(library, state.process_index, state.num_processes)), "of", len(library))
+    print(f"process {state.process_index} of {state.num_processes} trained {len(shard(library, state.process_index, state.num_processes))} of {len(library)}\\n", end="", flush=True)   # one write: two processes share the pipe
 """
 
 

@@ -209,3 +209,7 @@ def test_a_fusion_is_saved_seen_and_missed(pipe, tmp_path):
     with pytest.raises(StoreError, match="tail"): TOCSRPipeline.from_pretrained(folder)
     file.write_bytes(file.read_bytes()[:200])
     with pytest.raises(StoreError, match="truncated"): TOCSRPipeline.from_pretrained(folder)
+    file.unlink()
+    with pytest.raises(StoreError, match="no weights"): TOCSRPipeline.from_pretrained(folder)
+    file.with_name("config.json").unlink()
+    with pytest.raises(StoreError, match="fusion/config.json is missing"): TOCSRPipeline.from_pretrained(folder)

@@ -16,8 +16,8 @@ import torch
 from tocsr.export_onnx import export_onnx, load_onnx, missing
 from tocsr.images import EMBEDDED, embedded_path, read_image, to_array, to_tensor
 from tocsr.degradations import imresize
-from tocsr.pipeline import OVERLAP, TILE, TOCSRPipeline, measure_peak, model_folder, model_info, tile_difference
-from tocsr.store import file_hash, machine, project_root, write_json
+from tocsr.pipeline import OVERLAP, TILE, TOCSRPipeline, measure_peak, model_info, tile_difference, weight_hashes
+from tocsr.store import machine, project_root, write_json
 
 MPIXELS = (0.25, 0.5, 1, 2, 4, 8, 16)     # of the result
 TILES = ((64, 16), (64, 32), (96, 32), (128, 16), (128, 32), (128, 64), (192, 32), (256, 32), (256, 64))
@@ -86,8 +86,7 @@ def main():
     a = parser.parse_args()
     pipe = TOCSRPipeline.from_pretrained(a.model)
     parts = dict(size=lambda: by_size(pipe, a.repeats), tile=lambda: by_tile(pipe), memory=lambda: measure_peak(a.model, 1024), onnx=lambda: onnx(pipe, a.repeats), wheel=wheel)
-    weights = [file_hash(f) for f in sorted(model_folder(a.model).rglob("*.safetensors"))]
-    out = dict(weights=weights, machine=machine(), threads=torch.get_num_threads(), dtype="float32", architecture=model_info(pipe).architecture)
+    out = dict(weights=weight_hashes(a.model), machine=machine(), threads=torch.get_num_threads(), dtype="float32", architecture=model_info(pipe).architecture)
     for name, part in parts.items():
         if a.only in (None, name): out[name] = part(); print(name, json.dumps(out[name]), flush=True)
     if a.out: write_json(a.out, out)
