@@ -1,6 +1,7 @@
 "The pipeline with small random weights: sizes, kinds, batches, tiles, files, errors."
 import json
 import shutil
+from copy import deepcopy
 from types import SimpleNamespace
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from tocsr.adapt import condition
 from tocsr.degradations import degrade, imresize
 from tocsr.diffusion import nano_unet, noise_schedule
 from tocsr.latents import LatentCodec, fit_pca
-from tocsr.onestep import Fusion, Generator
+from tocsr.onestep import Fusion, Generator, freeze_statistics, one_step
 from tocsr.pipeline import Enlarged, TOCSRPipeline, as_tensors, measure_peak, model_info, tile_difference, tiled
 from tocsr.profiles import UNetConfig
 from tocsr.store import StoreError, read_weights, save_weights
@@ -79,6 +80,16 @@ def test_tiles_of_different_brightness_are_cross_faded():
     out = tiled(own, Enlarged(torch.zeros(1, 3, 64, 80), 4), noise, 128, 64)
     step = max(out.diff(dim=d).abs().max() for d in (-1, -2))
     assert out.std() > 0.05 and step < 3*(out.max() - out.min())/64
+
+
+@pytest.mark.parametrize("size, tile", [((40, 90), 32), ((130, 33), 64), ((64, 64), 16)])
+def test_a_local_models_tiles_are_the_whole_picture(pipe, size, tile):
+    g = deepcopy(pipe.generator)
+    freeze_statistics(g.unet, lambda u: one_step(g.model._replace(unet=u), torch.randn(2, 16, 8, 8), torch.randn(2, 16, 8, 8)))
+    steady, shares = TOCSRPipeline(g), []
+    whole, cut_up = (steady(picture(*size), tile=t, output_type="pt", progress=f).images[0] for t, f in ((None, shares.append), (tile, shares.append)))
+    assert (whole - cut_up).abs().max() < 1e-3 and shares[1:] == sorted(shares[1:]) and shares[-1] == 1
+    assert tile_difference(steady, picture(*size), tile=tile)["max"] < .2
 
 
 def test_tiled_and_untiled_results_are_close(pipe):

@@ -551,11 +551,11 @@ def _device(name: str) -> torch.device:
 
 def _prepare(model: str | None, device: str, scale: float | None, tile: int | None, seed: int, **call) -> tuple:
     "Pipeline, arguments of its call, and these with the model's hash; raises `ChoiceError` for what the model cannot do."
-    from tocsr.pipeline import MULTIPLE, OVERLAP, TILE, TOCSRPipeline, model_folder
+    from tocsr.pipeline import MULTIPLE, OVERLAP, TOCSRPipeline, model_folder
     where, home = _device(device), model_folder(model)
     pipe = TOCSRPipeline.from_pretrained(home).to(where)
-    unit, side = MULTIPLE//pipe.scale, TILE if tile is None else tile or None
-    call |= dict(scale=scale or pipe.scale, tile=side, overlap=min(OVERLAP, side//2//unit*unit) if side else OVERLAP)
+    unit, side = MULTIPLE//pipe.scale, "auto" if tile is None else tile or None
+    call |= dict(scale=scale or pipe.scale, tile=side, overlap=min(OVERLAP, side//2//unit*unit) if isinstance(side, int) else OVERLAP)
     try: pipe.check(**call)
     except ValueError as e: raise ChoiceError(str(e)) from e
     call["seed"] = seed

@@ -6,6 +6,7 @@
 from __future__ import annotations
 import hashlib, io, json, math, time
 from collections.abc import Callable, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import version
@@ -26,10 +27,10 @@ from .store import config_hash, file_hash, load_weights, machine, read_weights, 
 # %% auto #0
 __all__ = ['SCALE', 'BICUBIC', 'DEGRADED', 'STANDARD', 'DATASETS', 'MOST', 'FIRST_SEED', 'COMPETITORS', 'NAMED', 'DTYPES',
            'CHUNK', 'GROUPS', 'EvalError', 'EvalSet', 'bicubic_set', 'standard_set', 'pixel_hash', 'corners',
-           'choose_crops', 'cut_and_degrade', 'make_manifest', 'packaged_manifest', 'degraded_set', 'eval_set', 'Model',
-           'open_model', 'Ledger', 'Runner', 'evaluate', 'values_of', 'median_time', 'table', 'paired', 'share_of_way',
-           'save_result', 'load_result', 'join', 'sr_claims', 'bars', 'bar_claims', 'trade_off', 'strip', 'bench_image',
-           'bench']
+           'choose_crops', 'one_thread', 'cut_and_degrade', 'make_manifest', 'packaged_manifest', 'degraded_set',
+           'eval_set', 'Model', 'open_model', 'Ledger', 'Runner', 'evaluate', 'values_of', 'median_time', 'table',
+           'paired', 'share_of_way', 'save_result', 'load_result', 'join', 'sr_claims', 'bars', 'bar_claims',
+           'trade_off', 'strip', 'bench_image', 'bench']
 
 # %% ../nbs/tools/20_evaluation.ipynb #88662a46
 SCALE = 4
@@ -104,10 +105,17 @@ def choose_crops(photos: Photos, n: int, size: int, most: int = MOST) -> list[tu
     kept = sorted(found, reverse=True)[:n]
     return [(name, l, t) for _, _, name, l, t in sorted(kept, key=lambda c: (c[1], c[2]))]
 
+@contextmanager
+def one_thread():
+    "torch on one thread inside a `with` block: sums split over several round otherwise, and here and there an 8-bit value with them."
+    before = torch.get_num_threads(); torch.set_num_threads(1)
+    try: yield
+    finally: torch.set_num_threads(before)
+
 def cut_and_degrade(image: np.ndarray, left: int, top: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
     "lr (1, 3, size/4, size/4) and hr (1, 3, size, size) of one crop."
     hr = to_tensor(image[top:top+size, left:left+size])[None]
-    return degrade(hr, "realesrgan", SCALE, [seed]), hr
+    with one_thread(): return degrade(hr, "realesrgan", SCALE, [seed]), hr
 
 def make_manifest(photos: Photos, n: int = 100, size: int = 512) -> dict:
     "The recipe of a degraded set from `photos` (the held-out side)."

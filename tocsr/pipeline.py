@@ -20,13 +20,13 @@ from .degradations import imresize
 from .diffusion import ddim_sample
 from .expansion import shipped
 from .images import _to_rgb, to_array, to_tensor
-from .onestep import Generator, consistent, load_generator, save_generator
+from .onestep import Generator, LocalBlock, consistent, load_generator, one_step, save_generator
 from .store import StoreError, file_hash, load_weights, read_weights
 
 # %% auto #0
-__all__ = ['MULTIPLE', 'TILE', 'OVERLAP', 'as_tensors', 'reflect_index', 'Enlarged', 'tile_starts', 'tile_weights', 'tiled',
-           'UpscaleOutput', 'TOCSRPipeline', 'model_folder', 'weight_hashes', 'ModelInfo', 'model_info',
-           'tile_difference', 'measure_peak']
+__all__ = ['MULTIPLE', 'TILE', 'LOCAL_TILE', 'OVERLAP', 'as_tensors', 'reflect_index', 'Enlarged', 'tile_starts', 'tile_weights',
+           'tiled', 'reach', 'in_tiles', 'exactly_tiled', 'UpscaleOutput', 'TOCSRPipeline', 'model_folder',
+           'weight_hashes', 'ModelInfo', 'model_info', 'tile_difference', 'measure_peak']
 
 # %% ../nbs/tools/13_pipeline.ipynb #9ea53735
 def _from_array(a: np.ndarray) -> list[Tensor]:
@@ -97,6 +97,11 @@ def tile_weights(n: int, tile: int, overlap: int) -> list[tuple[int, Tensor]]:
     for a in starts: total[a:a + tile] += ramp
     return [(a, ramp/total[a:a + tile]) for a in starts]
 
+def _finite(y: Tensor) -> Tensor:
+    "y on the CPU; raises `RuntimeError` for NaN or infinity."
+    if not torch.isfinite(y).all(): raise RuntimeError("the model returned NaN or infinite values: its weights are damaged, or the device computes it wrongly (try --device cpu)")
+    return y.cpu()
+
 @torch.no_grad()
 def tiled(
     generator,                    # (x (1, 3, h, w), noise (1, c, h/8, w/8)) -> (1, 3, h, w)
@@ -112,14 +117,76 @@ def tiled(
     for i, (top, v) in enumerate(rows):
         for j, (left, w) in enumerate(columns):
             h, b = top + len(v), left + len(w)
-            y = generator(x.window(top, left, len(v), len(w)), noise[..., top//f:h//f, left//f:b//f]).cpu()
-            if not torch.isfinite(y).all(): raise RuntimeError("the model returned NaN or infinite values: its weights are damaged, or the device computes it wrongly (try --device cpu)")
+            y = _finite(generator(x.window(top, left, len(v), len(w)), noise[..., top//f:h//f, left//f:b//f]))
             out[..., top:h, left:b] += y*(v[:, None]*w)
             progress((i*len(columns) + j + 1)/len(rows)/len(columns))
     return out
 
+# %% ../nbs/tools/13_pipeline.ipynb #f1320002
+@torch.no_grad()
+def reach(part: torch.nn.Module, f: Callable, *inputs: Tensor, side: int = MULTIPLE) -> int:
+    "HR pixels, a multiple of MULTIPLE, beyond which nothing changes an output of f(*inputs), which runs `part` on a picture of `side` HR pixels; raises `ValueError` for a part that sees everything."
+    if any(isinstance(m, torch.nn.GroupNorm) for m in part.modules()): raise ValueError("normalisation over the whole picture has no reach")
+    total, hooks = 0, []
+    def add(m, x, _):
+        nonlocal total
+        total += (m.side if isinstance(m, LocalBlock) else m.kernel_size[0]//2)*(side//x[0].shape[-1])
+    for m in part.modules():
+        if isinstance(m, torch.nn.Conv2d) or isinstance(m, LocalBlock) and m.attentions: hooks.append(m.register_forward_hook(add))
+    f(*inputs)
+    for h in hooks: h.remove()
+    return -(-total//MULTIPLE)*MULTIPLE
+
+def in_tiles(
+    f: Callable[[int, int, int, int], Tensor],  # (top, left, height, width) in HR pixels -> map of that window, (1, c, height/ratio, width/ratio)
+    size: tuple[int, int],        # HR pixels, multiples of MULTIPLE as the next two
+    tile: int, margin: int,       # of what is kept of a window, and what is computed beyond it and dropped
+    progress: Callable[[float], None] = lambda share: None,
+) -> Tensor:                      # (1, c, H/ratio, W/ratio)
+    "f of the whole picture, window by window."
+    (H, W), out = size, None
+    corners = [(t, l) for t in range(0, H, tile) for l in range(0, W, tile)]
+    for i, (t, l) in enumerate(corners):
+        b, r = min(H, t + tile), min(W, l + tile)
+        top, left, low, right = max(0, t - margin), max(0, l - margin), min(H, b + margin), min(W, r + margin)
+        y = _finite(f(top, left, low - top, right - left))
+        k = (low - top)//y.shape[-2]
+        if out is None: out = y.new_empty(1, y.shape[1], H//k, W//k)
+        out[..., t//k:b//k, l//k:r//k] = y[..., (t - top)//k:(b - top)//k, (l - left)//k:(r - left)//k]
+        progress((i + 1)/len(corners))
+    return out
+
+def _cut(x: Tensor, size: tuple[int, int]) -> Callable:
+    "Windows, in HR pixels, of a map of the whole picture."
+    k = size[0]//x.shape[-2]
+    return lambda top, left, h, w: x[..., top//k:(top + h)//k, left//k:(left + w)//k]
+
+@torch.no_grad()
+def exactly_tiled(
+    g: Generator,                 # a local one
+    x: Enlarged,
+    noise: Tensor,                # (1, c, H/8, W/8) for the sides H, W of x
+    tile: int,                    # HR pixels, a multiple of MULTIPLE
+    progress: Callable[[float], None] = lambda share: None,
+    device: torch.device | str = "cpu",
+) -> Tensor:                      # (1, 3, H, W)
+    "The untiled result, part by part and tile by tile; raises `ValueError` for a model that is not local, `RuntimeError` when it returns NaN or infinity."
+    there = lambda *maps: [m.to(device) for m in maps]
+    rgb, latent = torch.zeros(1, 3, MULTIPLE, MULTIPLE, device=device), torch.zeros(1, g.codec.channels, *[MULTIPLE//g.codec.factor]*2, device=device)
+    step = lambda z_T, z_l: one_step(g.model, z_T, z_l)
+    shares = dict(encode=.2, network=.2, decode=.35, fuse=.25)
+    def run(name, part, f, example, windows, tile=tile):
+        start = sum(list(shares.values())[:list(shares).index(name)])
+        return in_tiles(lambda *w: f(*there(*(v(*w) for v in windows))), x.size, tile, reach(part, f, *example), lambda s: progress(start + s*shares[name]))
+    z_l = run("encode", g.codec, g.codec.encode, [rgb], [x.window])
+    z = run("network", g.unet, step, [latent, latent], [_cut(noise, x.size), _cut(z_l, x.size)], 2*tile)  # it works on latents alone and reaches farthest
+    y = run("decode", g.codec, g.codec.decode, [latent], [_cut(z, x.size)])
+    if g.fusion is not None: y = run("fuse", g.fusion, g.fusion, [rgb, rgb], [_cut(y, x.size), x.window])
+    progress(1.)
+    return y
+
 # %% ../nbs/tools/13_pipeline.ipynb #0a7ca026
-TILE, OVERLAP = 128, 16           # LR pixels
+TILE, LOCAL_TILE, OVERLAP = 128, 512, 16  # LR pixels; the second for local models
 
 @dataclass
 class UpscaleOutput(BaseOutput):
@@ -136,6 +203,16 @@ class TOCSRPipeline:
     "One-step super-resolution. `coarse` says how strictly results agree with their input (1: in every LR pixel)."
     def __init__(self, generator: Generator, scale: int = 4, coarse: int = 8, about: dict | None = None):
         self.generator, self.scale, self.coarse, self.about, self.device = generator.eval(), scale, coarse, about or {}, torch.device("cpu")
+
+    @property
+    def local(self) -> bool:
+        "Whether tiles give the untiled result; one graph, as of ONNX, cannot be run part by part."
+        return getattr(self.generator, "local", False)
+
+    @property
+    def tile(self) -> int:
+        "Side of a tile in LR pixels where a call names none."
+        return LOCAL_TILE if self.local else TILE
 
     @classmethod
     def from_pretrained(cls, folder: str | Path | None = None, revision: str | None = None) -> "TOCSRPipeline":
@@ -171,8 +248,8 @@ class TOCSRPipeline:
         image,                    # see `as_tensors`; pictures of one call may differ in size
         scale: float | None = None,  # up to the model's; None: the model's
         seed: int = 0,            # of the noise that the picture starts from; the same for every picture of a call
-        tile: int | None = TILE,  # LR pixels, a multiple of 64/scale; larger pictures go through in tiles; None: never
-        overlap: int = OVERLAP,   # LR pixels, a multiple of 64/scale, below `tile`
+        tile: int | str | None = "auto",  # LR pixels, a multiple of 64/scale; larger pictures go through in tiles; "auto": the model's `tile`; None: never
+        overlap: int = OVERLAP,   # LR pixels, a multiple of 64/scale, below `tile`; a local model's tiles look as far as they must
         consistency: bool = True, # make the result agree with its input
         coarse: int | None = None,  # how strictly: when shrunk so many times; 1, in every LR pixel, suits clean inputs; None: the model's
         strength: float = 1.0,    # 0: bicubic, 1: the model's picture
@@ -181,6 +258,7 @@ class TOCSRPipeline:
         progress: Callable[[float], None] = lambda share: None,  # told the share of the call that is done
     ) -> UpscaleOutput:
         "Enlarge one or many pictures; raises `ValueError` for arguments or pictures that cannot be used."
+        tile = self.tile if tile == "auto" else tile
         self.check(scale, tile, overlap, strength, steps, coarse)
         if output_type not in _OUT: raise ValueError(f"output_type {output_type!r}: choose one of {', '.join(_OUT)}")
         pictures, out = as_tensors(image), []
@@ -189,12 +267,14 @@ class TOCSRPipeline:
             out.append(_OUT[output_type](sr[0]))
         return UpscaleOutput(images=out)
 
-    def check(self, scale: float | None = None, tile: int | None = TILE, overlap: int = OVERLAP, strength: float = 1.0, steps: int = 1, coarse: int | None = None):
+    def check(self, scale: float | None = None, tile: int | str | None = "auto", overlap: int = OVERLAP, strength: float = 1.0, steps: int = 1, coarse: int | None = None):
         "Raise `ValueError` for arguments of a call that this model cannot follow."
         unit = MULTIPLE//self.scale
         if scale is not None and not 0 < scale <= self.scale: raise ValueError(f"scale must be above 0 and at most {self.scale}, not {scale:g}")
-        if tile is not None and (tile < 1 or tile % unit or not 0 < overlap < tile or overlap % unit):
-            raise ValueError(f"tile {tile} and overlap {overlap} must be multiples of {unit} with 0 < overlap < tile")
+        tile = self.tile if tile == "auto" else tile
+        if tile is not None and (isinstance(tile, str) or tile < 1 or tile % unit): raise ValueError(f"tiles are multiples of {unit} pixels, or None, not {tile}")
+        if tile is not None and not self.local and (not 0 < overlap < tile or overlap % unit):
+            raise ValueError(f"overlap {overlap} must be a multiple of {unit} above 0 and below the tile's {tile}")
         if not 0 <= strength <= 1: raise ValueError(f"strength must lie in 0..1, not {strength:g}")
         if coarse is not None and coarse < 1: raise ValueError(f"coarse must be 1 or more, not {coarse}")
         if steps < 1 or steps > 1 and not self.about.get("multistep"): raise ValueError(f"this model works in 1 step, not {steps}; more steps need the folder of a multi-step model")
@@ -213,7 +293,9 @@ class TOCSRPipeline:
         "(1, 3, h, w) -> (1, 3, h', w') in [-1, 1]."
         x, s, (h, w) = Enlarged(lr, self.scale), self.scale, lr.shape[-2:]
         noise = start_noise((self.generator.codec.channels, *(n//8 for n in x.size)), seed, [0])
-        sr = tiled(self._run(steps), x, noise, tile and tile*s, overlap*s, progress)[..., :h*s, :w*s].clamp_(-1, 1)
+        if self.local and steps == 1 and tile and max(h, w) > tile: sr = exactly_tiled(self.generator, x, noise, tile*s, progress, self.device)
+        else: sr = tiled(self._run(steps), x, noise, tile and tile*s, overlap*s, progress)
+        sr = sr[..., :h*s, :w*s].clamp_(-1, 1)
         if coarse: sr = consistent(sr, lr, coarse)
         if strength < 1: sr.lerp_(upsample(lr, s).clamp_(-1, 1), 1 - strength)
         size = tuple(max(1, round(n*factor)) for n in (h, w))
@@ -267,10 +349,10 @@ class ModelInfo:
 
 def model_info(pipe: TOCSRPipeline) -> ModelInfo:
     "Describe a pipeline's model."
-    g, side, a = pipe.generator, TILE*pipe.scale, getattr(pipe.generator.unet, "architecture", None)
+    g, side, a = pipe.generator, pipe.tile*pipe.scale, getattr(pipe.generator.unet, "architecture", None)
     macs = count_macs(g, torch.empty(1, 3, side, side), torch.empty(1, g.codec.channels, side//8, side//8))
-    return ModelInfo(pipe.scale, MULTIPLE//pipe.scale, TILE, OVERLAP, "any" if pipe.about.get("multistep") else "1", pipe.coarse, str(a or "not a staged UNet"), a.options if a else (), g.codec.channels,
-                     count_params(g), count_params(g.unet), macs/TILE**2, pipe.about.get("licence", "not stated by the model"), pipe.about)
+    return ModelInfo(pipe.scale, MULTIPLE//pipe.scale, pipe.tile, OVERLAP, "any" if pipe.about.get("multistep") else "1", pipe.coarse, str(a or "not a staged UNet"), a.options if a else (), g.codec.channels,
+                     count_params(g), count_params(g.unet), macs/pipe.tile**2, pipe.about.get("licence", "not stated by the model"), pipe.about)
 
 # %% ../nbs/tools/13_pipeline.ipynb #4416466b
 def _borders(n: int, tile: int, overlap: int) -> list[int]:
@@ -285,13 +367,15 @@ def _step(x: Tensor, rows: list[int], columns: list[int]) -> float:
 def tile_difference(
     pipe: TOCSRPipeline,
     image,                        # one picture, see `as_tensors`
-    tile: int = TILE, overlap: int = OVERLAP,
+    tile: int | str = "auto", overlap: int = OVERLAP,
     **call,                       # what else the call takes, except `scale`
 ) -> dict:                        # max, p999 and mean in grey levels of 255; seam: ratio of steps across tile borders, 1 without seams
     "How far the tiled result of one picture is from its untiled one."
+    tile = pipe.tile if tile == "auto" else tile
     whole, cut_up = (pipe(image, tile=t, overlap=overlap, output_type="pt", **call).images[0] for t in (None, tile))
     s, sides = pipe.scale, whole.shape[-2:]
-    lines = [[b for b in _borders(-(-n//MULTIPLE)*MULTIPLE, tile*s, overlap*s) if b < n] for n in sides]
+    borders = lambda n: range(tile*s, n, tile*s) if pipe.local else _borders(-(-n//MULTIPLE)*MULTIPLE, tile*s, overlap*s)
+    lines = [[b for b in borders(n) if b < n] for n in sides]
     untiled, steps = _step(whole, *lines), _step(cut_up, *lines)
     d = cut_up.sub_(whole).mul_(127.5).abs_()
     return dict(max=d.max().item(), p999=d.flatten().topk(max(1, d.numel()//1000)).values[-1].item(), mean=d.mean().item(), seam=steps/untiled if untiled else 1.0)

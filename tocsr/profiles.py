@@ -142,7 +142,7 @@ class OneStepConfig:
     adversarial: float = 0.02     # weight of the critic's opinion
     decoder: bool = True          # the decoder is trained along
     fusion: int = 4               # residual blocks that see the input past the bottleneck; 0: none, as in the paper
-    ablation: tuple[str, ...] = ("features",)  # parts of our loss that are trained beside it: pixels, decoder, features, bottleneck
+    ablation: tuple[str, ...] = ("features",)  # parts of our loss that are trained beside it: pixels, decoder, texture, features, bottleneck, size, matching
     ema: float = 0.99
     shipped: bool = True          # the weights that ship stand beside what is trained here
     baseline_lr: float = 5e-4     # of the equal-cost L1 regression network
@@ -239,7 +239,8 @@ def _release() -> Profile:
                             truth_latents=250, truth_table="measured", compare_seeds_slow=20),
         compact=CompactConfig(start="scratch", steps=20_000, lr=1.5e-3, ema=0.9995),
         adapt=AdaptConfig(degradation="mixed", pool=16_384, lr=5e-4, steps=20_000, batch=32, ema=0.9995, sample_steps=(1, 2, 4, 10, 50)),
-        onestep=OneStepConfig(shipped=False, lr=1.5e-4, steps=20_000, batch=32, ema=0.999, distill=0.02, adversarial=0.2, ablation=("pixels", "decoder", "features"), teacher_steps=50, endpoints=16_384),
+        onestep=OneStepConfig(shipped=False, lr=2e-4, steps=20_000, batch=32, ema=0.999, distill=0.02, pixel=0.5, gradient=0.25, adversarial=0.3, fusion=16,
+                              ablation=("pixels", "decoder", "texture", "features", "size", "matching"), teacher_steps=50, endpoints=16_384),
         ablation=AblationConfig(pool=8_192, steps=5_000, batch=32),
         study=StudyConfig(steps=20_000, ema=0.9995, seeds=3, samples=512, sample_steps=50, rank_architectures=24, rank_steps=1_000, rank_batch=32, rank_latents=512),
         eval=EvalConfig(crops=100, crop=512, metrics=("psnry", "ssim", "niqe", "lpips", "stlpips", "dists", "musiq", "fid")))
@@ -252,7 +253,8 @@ def _gpu() -> Profile:
         surrogates=SurrogateConfig(steps=1_000, batch=64, eval_batches=8),
         compact=CompactConfig(start="scratch", steps=4_000, batch=128, lr=1.5e-3, ema=0.999),
         adapt=AdaptConfig(degradation="mixed", pool=8_192, steps=4_000, batch=64, ema=0.999, sample_steps=(1, 2, 4, 10, 50)),
-        onestep=OneStepConfig(shipped=False, lr=2e-4, steps=2_000, batch=64, ema=0.995, distill=0.02, adversarial=0.2, ablation=("pixels", "decoder", "features"), teacher_steps=20, endpoints=8_192),
+        onestep=OneStepConfig(shipped=False, lr=2e-4, steps=2_000, batch=64, ema=0.995, distill=0.02, pixel=0.5, gradient=0.25, adversarial=0.3, fusion=16,
+                              ablation=("pixels", "decoder", "texture", "features"), teacher_steps=20, endpoints=8_192),
         ablation=AblationConfig(pool=4_096, steps=800, batch=64),
         study=StudyConfig(steps=4_000, batch=128, ema=0.999, seeds=3, samples=512, sample_steps=50, rank_architectures=24, rank_steps=500, rank_batch=64, rank_latents=512))
 
