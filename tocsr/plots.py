@@ -21,8 +21,8 @@ from .store import Artifact, file_hash, machine, project_root, runs_dir, source_
 
 # %% auto #0
 __all__ = ['PALETTE', 'OURS', 'PAPER', 'MARK', 'COMMITTED', 'PACKAGES', 'style', 'as_drawn', 'image_grid', 'zoom_panels',
-           'figures_dir', 'scale_of', 'provenance', 'stamp', 'save_figure', 'as_jpeg', 'markdown_table', 'csv_table',
-           'save_table']
+           'figures_dir', 'scale_of', 'provenance', 'stamp', 'save_figure', 'Jpeg', 'as_jpeg', 'markdown_table',
+           'csv_table', 'save_table']
 
 # %% ../nbs/tools/09_plots.ipynb #fcaa92a4
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#56B4E9", "#CC79A7", "#000000", "#D55E00")
@@ -165,12 +165,17 @@ def save_figure(
     return _side_file(name, Path(out_dir), record, files)
 
 # %% ../nbs/tools/09_plots.ipynb #67b70002
-def as_jpeg(fig: plt.Figure, quality: int = 88):
-    "`fig` as a notebook's output (an `IPython.display.Image`), closed."
-    from IPython.display import Image                     # late: figures are drawn without a notebook too
+class Jpeg:
+    "JPEG bytes that a notebook shows as a picture."
+    def __init__(self, data: bytes): self.data = data
+    def __repr__(self) -> str: return f"JPEG of {len(self.data)} bytes"
+    def _repr_jpeg_(self) -> bytes: return self.data
+
+def as_jpeg(fig: plt.Figure, quality: int = 88) -> Jpeg:
+    "`fig` as a notebook's output, closed."
     data = _bytes(fig, "jpeg", dpi=fig.dpi, pil_kwargs=dict(quality=quality))
     plt.close(fig)
-    return Image(data, format="jpeg")
+    return Jpeg(data)
 
 # %% ../nbs/tools/09_plots.ipynb #b1bef688
 def _cell(value, digits: int, notes: list[str]) -> str:
