@@ -174,14 +174,12 @@ def exactly_tiled(
     there = lambda *maps: [m.to(device) for m in maps]
     rgb, latent = torch.zeros(1, 3, MULTIPLE, MULTIPLE, device=device), torch.zeros(1, g.codec.channels, *[MULTIPLE//g.codec.factor]*2, device=device)
     step = lambda z_T, z_l: one_step(g.model, z_T, z_l)
-    shares = dict(encode=.2, network=.2, decode=.35, fuse=.25)
-    def run(name, part, f, example, windows, tile=tile):
-        start = sum(list(shares.values())[:list(shares).index(name)])
-        return in_tiles(lambda *w: f(*there(*(v(*w) for v in windows))), x.size, tile, reach(part, f, *example), lambda s: progress(start + s*shares[name]))
-    z_l = run("encode", g.codec, g.codec.encode, [rgb], [x.window])
-    z = run("network", g.unet, step, [latent, latent], [_cut(noise, x.size), _cut(z_l, x.size)], 2*tile)  # it works on latents alone and reaches farthest
-    y = run("decode", g.codec, g.codec.decode, [latent], [_cut(z, x.size)])
-    if g.fusion is not None: y = run("fuse", g.fusion, g.fusion, [rgb, rgb], [_cut(y, x.size), x.window])
+    def run(part, f, example, windows, tile, start, end):      # the last two: shares of the time, about
+        return in_tiles(lambda *w: f(*there(*(v(*w) for v in windows))), x.size, tile, reach(part, f, *example), lambda s: progress(start + s*(end - start)))
+    z_l = run(g.codec, g.codec.encode, [rgb], [x.window], tile, 0., .2)
+    z = run(g.unet, step, [latent, latent], [_cut(noise, x.size), _cut(z_l, x.size)], 2*tile, .2, .4)  # it works on latents alone and reaches farthest
+    y = run(g.codec, g.codec.decode, [latent], [_cut(z, x.size)], tile, .4, .75)
+    if g.fusion is not None: y = run(g.fusion, g.fusion, [rgb, rgb], [_cut(y, x.size), x.window], tile, .75, 1.)
     progress(1.)
     return y
 
@@ -206,8 +204,8 @@ class TOCSRPipeline:
 
     @property
     def local(self) -> bool:
-        "Whether tiles give the untiled result; one graph, as of ONNX, cannot be run part by part."
-        return getattr(self.generator, "local", False)
+        "Whether tiles give the untiled result: no part sees the whole picture (many autoencoders do), and each can be run by itself (one graph, as of ONNX, cannot)."
+        return getattr(self.generator, "local", False) and not any(isinstance(m, torch.nn.GroupNorm) for m in self.generator.modules())
 
     @property
     def tile(self) -> int:
