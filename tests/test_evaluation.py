@@ -238,3 +238,17 @@ def test_a_folder_without_a_model_is_an_error(folder):
     for path in (folder, folder/"other.safetensors", folder/"text.txt"):
         r = CliRunner().invoke(app, ["eval", "--dataset", "RealSR", "--root", str(folder), "--model", str(path)])
         assert r.exit_code == 1 and r.stderr.strip().splitlines()[-1].startswith("tocsr: ") and "Traceback" not in r.stderr and str(path) in r.stderr, r.stderr
+
+
+def test_a_strip_of_crops(folder):
+    run = lambda *a: CliRunner().invoke(app, ["eval", "--dataset", "RealSR", "--root", str(folder), "--model", "bicubic", "--metrics", "psnry", *map(str, a)])
+    r = run("--strip", folder/"a.png", "--crop", "2:8,0,32", "--crop", "4:0,0,64")
+    assert r.exit_code == 0, r.stderr
+    w, h = Image.open(folder/"a.png").size
+    assert w > 1.3*h                                           # two rows of LR, bicubic, HR
+    assert run("--strip", folder/"b.jpg").exit_code == 0 and Image.open(folder/"b.jpg").size[1] > h and Image.open(folder/"b.jpg").format == "JPEG"   # four rows
+    for args, code, word in ((("--strip", folder/"c.gif"), 2, ".jpg"), (("--crop", "1:0,0,32"), 2, "--strip"), (("--strip", folder/"c.png", "--crop", "0:0,0,32"), 2, "NUMBER:LEFT"),
+                             (("--strip", folder/"c.png", "--crop", "1:0,0,999"), 1, "leaves"), (("--strip", folder/"c.png", "--crop", "9:0,0,32"), 1, "has 4")):
+        r = run(*args)
+        assert r.exit_code == code and word in r.stderr and "Traceback" not in r.stderr, r.stderr
+    assert not (folder/"c.png").exists()

@@ -489,6 +489,19 @@ def _columns_of(rows: list[dict]) -> str:
     cells = [tuple(c.strip() for c in line.strip("|").split(" | ")) for line in text.splitlines() if not line.startswith("|---")]
     return "\n".join([columns(cells), *(n.strip() for n in notes)])
 
+def _crop(text: str) -> tuple[int, tuple[int, int, int]]:
+    "NUMBER:LEFT,TOP,SIDE as a case of `evaluation.strip`; raises `ChoiceError` for anything else."
+    if not (m := re.fullmatch(r"(\d+):(\d+),(\d+),(\d+)", text.replace(" ", ""))) or m[1] == "0": raise ChoiceError(f"--crop {text!r}: write NUMBER:LEFT,TOP,SIDE, as in 1:128,64,128")
+    number, left, top, side = map(int, m.groups())
+    return number - 1, (left, top, side)
+
+def _draw_strip(file: Path, dataset, models: list, cases: list, dtype: str):
+    from tocsr.evaluation import middles, strip
+    from tocsr.plots import figure_bytes
+    fig = strip(dataset, models, cases or middles(dataset), dtype=dtype)
+    write_atomic(file, figure_bytes(fig, file.suffix.lower().lstrip(".").replace("jpg", "jpeg"), dpi=150))
+    typer.echo(f"wrote {file}", err=True)
+
 @app.command("eval")
 def eval_command(
     dataset: Annotated[str, typer.Option(help="Set5, Set14, BSD100, Urban100, degraded, DIV2K-Val, RealSR or DRealSR.")],
@@ -500,6 +513,8 @@ def eval_command(
     dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
     unverified: Annotated[bool, typer.Option("--unverified", help="degraded: accept other pixels than the recipe's.")] = False,
     download: Annotated[bool, typer.Option("--download", help="Set5 to Urban100: fetch missing images.")] = False,
+    strip: Annotated[Optional[Path], typer.Option(help="Draw all competitors' results side by side too, into this .png, .jpg or .pdf.")] = None,
+    crop: Annotated[Optional[list[str]], typer.Option(help="What the strip shows: NUMBER:LEFT,TOP,SIDE, pixels of HR image NUMBER (1 is the first); may be repeated. Default: the middle of the first five.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result with all values per image as JSON.")] = False,
 ):
     "Measure enlargers on a test set; an interrupted run goes on where it stopped."
@@ -509,9 +524,14 @@ def eval_command(
     for what, given, valid in (("test set", [dataset], DATASETS), ("metric", names, METRICS)):
         if bad := [g for g in given if g not in valid]: raise ChoiceError(f"unknown {what} {bad[0]!r}; choose from {', '.join(valid)}")
     if not names: raise ChoiceError(f"no metric given; choose from {', '.join(METRICS)}")
+    cases = [_crop(c) for c in crop or ()]
+    if strip and strip.suffix.lower() not in (".png", ".jpg", ".jpeg", ".pdf"): raise ChoiceError(f"--strip {strip}: choose a name that ends in .png, .jpg or .pdf")
+    if cases and not strip: raise ChoiceError("--crop says what --strip shows: give both")
     models = [open_model(m) for m in model or NAMED]
     chosen = eval_set(dataset, root, not unverified, download)
-    result = evaluate(models, chosen.first(limit) if limit else chosen, names, threads, dtype)
+    chosen = chosen.first(limit) if limit else chosen
+    result = evaluate(models, chosen, names, threads, dtype)
+    if strip: _draw_strip(strip, chosen, models, cases, dtype)
     if as_json: return typer.echo(json.dumps(result, indent=1))
     p = result["protocol"]
     typer.echo(f"{result['set']}, {len(result['images'])} images{'' if result['whole'] else ' (a part of the set)'}, {result['degradation']}, x{result['scale']}; {p['threads']} thread(s), {dtype}, {p['machine']['cpu']}\n"

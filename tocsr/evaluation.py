@@ -30,7 +30,7 @@ __all__ = ['SCALE', 'BICUBIC', 'DEGRADED', 'STANDARD', 'DATASETS', 'MOST', 'FIRS
            'choose_crops', 'one_thread', 'cut_and_degrade', 'make_manifest', 'packaged_manifest', 'degraded_set',
            'eval_set', 'Model', 'open_model', 'Ledger', 'Runner', 'evaluate', 'values_of', 'median_time', 'table',
            'paired', 'share_of_way', 'save_result', 'load_result', 'join', 'sr_claims', 'bars', 'bar_claims',
-           'trade_off', 'strip', 'bench_image', 'bench']
+           'trade_off', 'middles', 'strip', 'bench_image', 'bench']
 
 # %% ../nbs/tools/20_evaluation.ipynb #88662a46
 SCALE = 4
@@ -516,23 +516,32 @@ def trade_off(result: dict, x: str = "psnry", y: str = "stlpips", ours: Sequence
     return fig
 
 # %% ../nbs/tools/20_evaluation.ipynb #9d670aff
+def middles(dataset: EvalSet, n: int = 5, side: int = 128) -> list[tuple[int, tuple[int, int, int]]]:
+    "Cases for `strip`: the middle of each of the first n images, up to `side` HR pixels."
+    def middle(i):
+        h, w = dataset.pair(i)[1].shape[-2:]; s = min(side, h, w)
+        return i, ((w - s)//2, (h - s)//2, s)
+    return [middle(i) for i in range(min(n, len(dataset)))]
+
 def strip(
     dataset: EvalSet,
     models: Sequence[str | Path | Model],
     cases: Sequence[tuple[int, tuple[int, int, int]]],  # image number, (left, top, side) in HR pixels
     side: float = 1.3,            # inches per panel
+    dtype: str = "fp32",
 ):
-    "Figure of crops side by side, a row per case: LR, competitors, HR; those that cannot run are left out. Raises `EvalError` for a crop outside its image."
+    "Figure of crops side by side, a row per case: LR, competitors, HR; those that cannot run are left out. Raises `EvalError` for a crop outside its image, or of no image."
     from tocsr.plots import image_grid
-    runners = [Runner(m, torch.get_num_threads()) for m in map(open_model, models) if not m.missing]
+    runners = [Runner(m, torch.get_num_threads(), dtype) for m in map(open_model, models) if not m.missing]
     rows = []
     for i, (left, top, s) in cases:
+        if not 0 <= i < len(dataset): raise EvalError(f"crop of image {i + 1}: {dataset.name} has {len(dataset)} here")
         lr, hr = dataset.pair(i)
         if left < 0 or top < 0 or s < SCALE or left + s > hr.shape[-1] or top + s > hr.shape[-2]: raise EvalError(f"crop {(left, top, s)} leaves {dataset.names[i]} of {hr.shape[-1]}x{hr.shape[-2]} px")
         nearest = lr[0].repeat_interleave(SCALE, 1).repeat_interleave(SCALE, 2)
         images = [nearest, *(r.result(dataset.keys[i], lambda: lr, i)[0] for r in runners), hr[0]]
         rows.append([x[:, top:top + s, left:left + s] for x in images])
-    return image_grid(rows, ["LR", *(r.model.title for r in runners), "HR"], side=side)
+    return image_grid(rows, ["LR", *(r.model.title.replace("Real-ESRGAN ", "Real-ESRGAN\n") for r in runners), "HR"], side=side)
 
 # %% ../nbs/tools/20_evaluation.ipynb #39458ba5
 def _timed(f: Callable, lr: Tensor) -> tuple[float, float]:

@@ -21,8 +21,8 @@ from .store import Artifact, file_hash, machine, project_root, runs_dir, source_
 
 # %% auto #0
 __all__ = ['PALETTE', 'OURS', 'PAPER', 'MARK', 'COMMITTED', 'PACKAGES', 'style', 'as_drawn', 'image_grid', 'zoom_panels',
-           'figures_dir', 'scale_of', 'provenance', 'stamp', 'save_figure', 'Jpeg', 'as_jpeg', 'markdown_table',
-           'csv_table', 'save_table']
+           'figures_dir', 'scale_of', 'provenance', 'stamp', 'figure_bytes', 'save_figure', 'Jpeg', 'as_jpeg',
+           'markdown_table', 'csv_table', 'save_table']
 
 # %% ../nbs/tools/09_plots.ipynb #fcaa92a4
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#56B4E9", "#CC79A7", "#000000", "#D55E00")
@@ -136,7 +136,8 @@ def stamp(record: dict) -> str:
     return f"profile {record['profile']}, {record['scale']} scale: UNet {'/'.join(map(str, c['unet']['channels']))} wide, {c['data']['patch']} px patches"
 
 # %% ../nbs/tools/09_plots.ipynb #8392746f
-def _bytes(fig: plt.Figure, kind: str, **kw) -> bytes:
+def figure_bytes(fig: plt.Figure, kind: str, **kw) -> bytes:
+    "The figure as a file of that kind (png, jpeg, pdf), margins cut off; `kw` as for `savefig`."
     out = io.BytesIO()
     fig.savefig(out, format=kind, bbox_inches="tight", pad_inches=0.04, **kw)
     return out.getvalue()
@@ -159,8 +160,8 @@ def save_figure(
     lowest = min(0, fig.get_tightbbox().y0/fig.get_figheight())  # a legend may lie outside the axes
     note = fig.text(0.995, lowest - 0.005, text, ha="right", va="top", fontsize=5.5, color="#777777") if text else None
     with mpl.rc_context({"pdf.fonttype": 42}):
-        files = {f"{name}.png": _bytes(fig, "png", dpi=dpi, metadata={"Software": None}),
-                 f"{name}.pdf": _bytes(fig, "pdf", dpi=dpi, metadata={"CreationDate": None, "Producer": None, "Creator": None})}
+        files = {f"{name}.png": figure_bytes(fig, "png", dpi=dpi, metadata={"Software": None}),
+                 f"{name}.pdf": figure_bytes(fig, "pdf", dpi=dpi, metadata={"CreationDate": None, "Producer": None, "Creator": None})}
     if note: note.remove()
     return _side_file(name, Path(out_dir), record, files)
 
@@ -173,7 +174,7 @@ class Jpeg:
 
 def as_jpeg(fig: plt.Figure, quality: int = 88) -> Jpeg:
     "`fig` as a notebook's output, closed."
-    data = _bytes(fig, "jpeg", dpi=fig.dpi, pil_kwargs=dict(quality=quality))
+    data = figure_bytes(fig, "jpeg", dpi=fig.dpi, pil_kwargs=dict(quality=quality))
     plt.close(fig)
     return Jpeg(data)
 
