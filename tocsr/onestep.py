@@ -16,7 +16,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import nn, Tensor
 from torch.nn.utils.parametrizations import spectral_norm
 from .profiles import OneStepConfig, Profile
-from .store import Artifact, Run, StoreError, save_weights, stage, write_json
+from .store import Artifact, Run, StoreError, read_weights, save_weights, stage, write_json
 from .adapt import ADAPTED, Chunks, PairPool, SRModel, heldout_pairs, load_adapted, load_model, load_pool, save_model, start_noise, upsample, write_chunks
 from .complexity import count_macs, count_params
 from .degradations import imresize
@@ -29,12 +29,13 @@ from .surrogates import Block, StagedUNet
 from .training import fit, step_generator
 
 # %% auto #0
-__all__ = ['WINDOW', 'PAPER_LOSS', 'COARSE', 'TEXTURE', 'CLEAN', 'MATCHING', 'one_step', 'Fusion', 'ChannelAffine', 'LocalBlock',
-           'localize', 'freeze_statistics', 'Generator', 'teacher_endpoints', 'gradient_loss', 'texture_loss',
-           'Features', 'feature_loss', 'Critic', 'critic_loss', 'adversarial_loss', 'matching_losses', 'LossWeights',
-           'only_shrunk', 'distill', 'picture_losses', 'consistent', 'RegressionNet', 'equal_cost_net',
-           'train_regression', 'save_generator', 'load_generator', 'load_onestep', 'run_all', 'competitors',
-           'loss_variants', 'train_students', 'run_onestep', 'evaluate']
+__all__ = ['WINDOW', 'PAPER_LOSS', 'STEPS', 'COARSE', 'TEXTURE', 'LATTICE', 'CLEAN', 'MATCHING', 'one_step', 'Fusion',
+           'ChannelAffine', 'LocalBlock', 'localize', 'freeze_statistics', 'Generator', 'teacher_endpoints',
+           'gradient_loss', 'texture_loss', 'lattice_loss', 'Features', 'feature_loss', 'Critic', 'critic_loss',
+           'adversarial_loss', 'matching_losses', 'LossWeights', 'only_shrunk', 'distill', 'picture_losses',
+           'consistent', 'RegressionNet', 'equal_cost_net', 'train_regression', 'save_update', 'apply_update',
+           'save_generator', 'load_generator', 'load_onestep', 'run_all', 'competitors', 'loss_variants',
+           'train_students', 'run_onestep', 'evaluate']
 
 # %% ../nbs/05_onestep.ipynb #5ae41fc6
 def one_step(model: SRModel, z_T: Tensor, z_l: Tensor) -> Tensor:
@@ -188,6 +189,18 @@ def texture_loss(a: Tensor, b: Tensor, scales: int = 2, window: int = 16) -> Ten
         total = total + ((u - v).abs()/(u + v)).mean((1, 2, 3))
     return total/scales
 
+# %% ../nbs/05_onestep.ipynb #f0560002
+def lattice_loss(a: Tensor, b: Tensor, period: int = 8, window: int = 96) -> Tensor:
+    "How much more of a's high frequencies than of b's repeats with a grid of `period` pixels, relative to b's contrast; a, b (b, 3, h, w), sides multiples of `period`; (b,)."
+    cells = min(window, *a.shape[-2:])//period
+    def split(x):
+        high = x - F.avg_pool2d(F.pad(x, (period//2,)*4, mode="replicate"), period + 1, 1)
+        cell = F.avg_pool2d(F.pixel_unshuffle(high, period), cells, max(1, cells//2)).unflatten(1, (3, -1))
+        contrast = F.avg_pool2d(high.pow(2).mean(1), cells*period, max(1, cells//2)*period)
+        return (cell - cell.mean(2, keepdim=True)).pow(2).mean((1, 2)).add(1e-8).sqrt(), contrast.add(1e-4).sqrt()   # a grey level is no contrast to speak of
+    (repeats, _), (allowed, contrast) = split(a), split(b)
+    return (F.relu(repeats - allowed)/contrast).mean((1, 2))
+
 # %% ../nbs/05_onestep.ipynb #a12f5e08
 class Features(nn.Module):
     "Frozen EfficientNet-lite0: images (b, 3, h, w) in [-1, 1] -> maps at 1/2, 1/4, 1/8 and 1/16."
@@ -200,31 +213,32 @@ class Features(nn.Module):
     def forward(self, x: Tensor) -> list[Tensor]:
         return self.net.forward_intermediates(x, indices=[0, 1, 2, 3], stop_early=True, intermediates_only=True)
 
-def feature_loss(a: list[Tensor], b: list[Tensor]) -> Tensor:
-    "Mean squared distance of channel-normalised feature maps (b, c, h, w), averaged over maps; (b,)."
+def feature_loss(a: list[Tensor], b: list[Tensor], windows: tuple[int, ...] = (9, 5, 3, 3)) -> Tensor:
+    "Squared distance of channel-normalised feature maps (b, c, h, w), averaged over `windows` before it is taken, a map half as much as the finer one before; (b,)."
     unit = lambda f: f.float()/(f.float().pow(2).sum(1, keepdim=True) + 1e-6).sqrt()  # half precision has too few digits for the sum
-    return sum((unit(u) - unit(v)).pow(2).sum(1).mean((1, 2)) for u, v in zip(a, b))/len(a)
+    mean = lambda f, k: F.avg_pool2d(unit(f), min(k, *f.shape[-2:]), 1)
+    return sum(2.0**(1 - i)*(mean(u, k) - mean(v, k)).pow(2).sum(1).mean((1, 2)) for i, (u, v, k) in enumerate(zip(a, b, windows)))
 
 class Critic(nn.Module):
-    "Judges pictures (b, 3, h, w), sides multiples of 8, patch by patch: by their pixels and by the finest of their `Features` maps; a list of score maps (b, 1, h', w'), high for photographs."
+    "Judges pictures (b, 3, h, w), sides multiples of 8, patch by patch: by their pixels beside the enlarged input's, and by the finest of their `Features` maps; a list of score maps (b, 1, h', w'), high for photographs."
     def __init__(self, channels=Features.CHANNELS[:2], width: int = 64):
         super().__init__()
         conv = lambda i, o, k=3, s=1: spectral_norm(nn.Conv2d(i, o, k, s, 1 if k > 1 else 0))
         layers = lambda *c: nn.Sequential(*(m for c in c for m in (c, nn.LeakyReLU(0.2))))
-        self.pixels = nn.Sequential(nn.PixelUnshuffle(2), *layers(nn.Conv2d(12, 64, 3, padding=1), conv(64, 96, 4, 2), conv(96, 128, 4, 2), conv(128, 128)), nn.Conv2d(128, 1, 3, padding=1))
+        self.pixels = nn.Sequential(nn.PixelUnshuffle(2), *layers(nn.Conv2d(24, 64, 3, padding=1), conv(64, 96, 4, 2), conv(96, 128, 4, 2), conv(128, 128)), nn.Conv2d(128, 1, 3, padding=1))
         self.heads = nn.ModuleList(layers(conv(c, width, 1), conv(width, width)).append(nn.Conv2d(width, 1, 1)) for c in channels)
 
-    def forward(self, x: Tensor, maps: list[Tensor]) -> list[Tensor]:
-        return [self.pixels(x), *(head(f) for head, f in zip(self.heads, maps))]
+    def forward(self, x: Tensor, maps: list[Tensor], given: Tensor) -> list[Tensor]:
+        return [self.pixels(torch.cat([x, given], 1)), *(head(f) for head, f in zip(self.heads, maps))]
 
-def critic_loss(critic: Critic, fake: tuple[Tensor, list[Tensor]], real: tuple[Tensor, list[Tensor]]) -> Tensor:
-    "Hinge loss of the critic on detached (picture, feature maps), averaged over its score maps."
-    score = lambda x, maps: critic(x.detach(), [f.detach() for f in maps])
+def critic_loss(critic: Critic, fake: tuple[Tensor, list[Tensor], Tensor], real: tuple[Tensor, list[Tensor], Tensor]) -> Tensor:
+    "Hinge loss of the critic on detached (picture, feature maps, enlarged input), averaged over its score maps."
+    score = lambda x, maps, given: critic(x.detach(), [f.detach() for f in maps], given)
     pairs = list(zip(score(*real), score(*fake)))
     return sum(F.relu(1 - r).mean() + F.relu(1 + f).mean() for r, f in pairs)/len(pairs)
 
-def adversarial_loss(critic: Critic, fake: tuple[Tensor, list[Tensor]]) -> Tensor:
-    "What the generator minimises: minus the score of (picture, feature maps), averaged over maps, by a critic whose weights are held fixed; (b,)."
+def adversarial_loss(critic: Critic, fake: tuple[Tensor, list[Tensor], Tensor]) -> Tensor:
+    "What the generator minimises: minus the score of (picture, feature maps, enlarged input), averaged over maps, by a critic whose weights are held fixed; (b,)."
     scores = torch.func.functional_call(critic, {k: v.detach() for k, v in critic.named_parameters()}, fake)
     return -sum(s.mean((1, 2, 3)) for s in scores)/len(scores)
 
@@ -253,6 +267,7 @@ class LossWeights:
     pixel: float = 0.0            # L1 to the HR image
     gradient: float = 0.0         # gradient_loss to the HR image
     texture: float = 0.0          # texture_loss to the HR image
+    lattice: float = 0.0          # lattice_loss to the HR image
     feature: float = 0.0          # feature_loss to the HR image
     adversarial: float = 0.0      # adversarial_loss; grows linearly from the first tenth of the steps to four tenths
     decoder: bool = False         # train the decoder too
@@ -291,24 +306,24 @@ def distill(
         z = one_step(model._replace(unet=live["unet"]), start_noise(z_0.shape[1:], noise_seed, i).to(dev), pair.z_l.to(dev))
         parts = dict(distill=(z - z_0).pow(2).mean((1, 2, 3)))
         if weights.matching: parts |= matching_losses(frozen, live["judge"], z, pair.z_l.to(dev), step_generator(seed + 1, step))
-        if weights.pixel or weights.gradient or weights.texture or features:
+        if weights.pixel or weights.gradient or weights.texture or weights.lattice or features:
             x = upsample(pair.lr, pair.hr.shape[-1]//pair.lr.shape[-1]).to(dev)
-            parts |= picture_losses(student.decode(z, x).float(), pair.hr.to(dev), features, live.get("critic"))
+            parts |= picture_losses(student.decode(z, x).float(), pair.hr.to(dev), x, features, live.get("critic"))
         more = torch.where(only_shrunk(pair.hr, pair.lr), weights.clean, 1.0).to(dev) if weights.clean != 1 else 1.0
-        rate = dict(distill=weights.distill, matching=weights.matching, judge=1.0, pixel=weights.pixel*more, gradient=weights.gradient, texture=weights.texture/more, feature=weights.feature/more,
+        rate = dict(distill=weights.distill, matching=weights.matching, judge=1.0, pixel=weights.pixel*more, gradient=weights.gradient, texture=weights.texture/more, lattice=weights.lattice, feature=weights.feature/more,
                     adversarial=weights.adversarial*min(1, max(0, step/cfg.steps - 0.1)/0.3)/more, critic=1.0)
         return {k: v.mean() for k, v in parts.items()} | dict(loss=sum((rate[k]*v).mean() for k, v in parts.items()))
     return fit(models, loss, cfg.steps, cfg.lr, scratch, ema=min(cfg.ema, 1 - 5/max(cfg.steps, 10)), warmup=cfg.steps//10,
                device=device, mixed_precision=mixed_precision, log=log, rates=dict(critic=4.0))
 
-def picture_losses(x: Tensor, hr: Tensor, features: Features | None, critic: Critic | None) -> dict[str, Tensor]:
-    "Distances of x to hr, both (b, 3, h, w) in [-1, 1], by term of `LossWeights`, each (b,); with a critic also its own loss, a scalar."
-    parts = dict(pixel=(x - hr).abs().mean((1, 2, 3)), gradient=gradient_loss(x, hr), texture=texture_loss(x, hr))
+def picture_losses(x: Tensor, hr: Tensor, given: Tensor, features: Features | None, critic: Critic | None) -> dict[str, Tensor]:
+    "Distances of x to hr, the result for the enlarged input `given`, all (b, 3, h, w) in [-1, 1], by term of `LossWeights`, each (b,); with a critic also its own loss, a scalar."
+    parts = dict(pixel=(x - hr).abs().mean((1, 2, 3)), gradient=gradient_loss(x, hr), texture=texture_loss(x, hr), lattice=lattice_loss(x, hr))
     if features:
         fake = features(x)
         with torch.no_grad(): real = features(hr)
         parts["feature"] = feature_loss(fake, real)
-        if critic: parts |= dict(adversarial=adversarial_loss(critic, (x, fake)), critic=critic_loss(critic, (x, fake), (hr, real)))
+        if critic: parts |= dict(adversarial=adversarial_loss(critic, (x, fake, given)), critic=critic_loss(critic, (x, fake, given), (hr, real, given)))
     return parts
 
 # %% ../nbs/05_onestep.ipynb #115ddef8
@@ -360,6 +375,44 @@ def train_regression(
     return fit(dict(net=net), loss, cfg.steps, cfg.baseline_lr, scratch, ema=min(0.99, 1 - 5/max(cfg.steps, 10)), warmup=cfg.steps//10,
                device=device, mixed_precision=mixed_precision, log=log)
 
+# %% ../nbs/05_onestep.ipynb #f0570002
+STEPS = 7                         # largest step of an update: four bits with sign
+
+def _steps(d: Tensor) -> tuple[Tensor, Tensor]:
+    "Whole steps in -7..7, and a scale per output channel, whose product comes nearest to d (c, ...)."
+    flat = d.flatten(1)
+    scales = torch.stack([flat.abs().amax(1)*c/STEPS for c in (1., .85, .7, .6, .5, .4)]).clamp_min(1e-6).half().float()  # (6, c)
+    steps = (flat/scales[..., None]).round().clamp(-STEPS, STEPS)
+    best = (steps*scales[..., None] - flat).pow(2).sum(-1).argmin(0), torch.arange(len(flat))
+    return steps[best], scales[best]
+
+def save_update(file: Path, before: nn.Module, after: nn.Module) -> Path:
+    "Write what turns `before` into `after`, two modules of one shape: four bits per weight of the tensors that differ."
+    old, parts = before.state_dict(), {}
+    for name, new in after.state_dict().items():
+        d = (new - old[name]).float().cpu()
+        if not d.any(): continue
+        if d.ndim < 2: parts[f"{name}.change"] = d.half(); continue
+        steps, scale = _steps(d)
+        q = F.pad((steps.flatten() + STEPS).to(torch.uint8), (0, d.numel() % 2))
+        parts |= {f"{name}.steps": q[::2]*16 + q[1::2], f"{name}.scale": scale.half()}
+    return save_weights(file, parts)
+
+@torch.no_grad()
+def apply_update(module: nn.Module, file: Path) -> nn.Module:
+    "Add to `module`'s weights what `save_update` wrote; raises `StoreError` for an update of another network."
+    state, parts = module.state_dict(), read_weights(file)
+    for key, part in parts.items():
+        name, _, kind = key.rpartition(".")
+        own = state.get(name)
+        size = -1 if own is None else dict(change=own.numel(), steps=(own.numel() + 1)//2, scale=len(own) if own.ndim else 1).get(kind, -1)
+        if part.numel() != size or kind == "steps" and f"{name}.scale" not in parts: raise StoreError(f"{file} is no update of this network: {key} has no place in it")
+        if kind == "change": own += part.view_as(own)
+        if kind == "steps":
+            q = torch.stack([part//16, part % 16], 1).flatten()[:own.numel()].to(own) - STEPS
+            own += (q.view(len(own), -1)*parts[f"{name}.scale"].to(own)[:, None]).view_as(own)
+    return module
+
 # %% ../nbs/05_onestep.ipynb #373fd456
 def save_generator(folder: Path, generator: Generator, scale: int, coarse: int, dtype: torch.dtype | None = None, **about) -> Path:
     "Folder with config.json, vae/, unet/, scheduler/ (and fusion/, gain.safetensors); `about` (JSON) tells where it comes from."
@@ -380,7 +433,8 @@ def load_generator(folder: str | Path) -> tuple[Generator, dict]:
     fusion = Fusion.from_pretrained(Path(folder)/"fusion", use_safetensors=True) if (Path(folder)/"fusion").is_dir() else None
     codec, model = load_codec(Path(folder)/"vae"), load_model(folder)
     if config.get("local"): localize(model.unet, codec.factor)
-    return Generator(codec, *model, fusion).float().eval(), config
+    generator = Generator(codec, *model, fusion).float().eval()
+    return apply_update(generator, update) if (update := Path(folder)/"update.safetensors").is_file() else generator, config
 
 def load_onestep(artifact: Artifact, variant: str = "ours") -> tuple[Generator, dict]:
     "What stage `onestep` left: a variant of the loss, 'ours' or 'paper' among them."
@@ -424,15 +478,15 @@ def competitors(multistep: dict[str, SRModel], students: dict[str, Generator], n
 
 # %% ../nbs/05_onestep.ipynb #5c739ee2
 COARSE = dict(bicubic=1, realesrgan=8, mixed=8)  # how far a result must agree with its input, by degradation
-TEXTURE, CLEAN = 3.0, 3.0         # `LossWeights.texture` and `clean` of our variants
+TEXTURE, LATTICE, CLEAN = 3.0, 2.0, 3.0  # `LossWeights.texture`, `lattice` and `clean` of our variants
 MATCHING = 0.1                    # `LossWeights.matching` of the variant named so
 
 def loss_variants(cfg: OneStepConfig) -> dict[str, LossWeights]:
     "The paper's loss, ours, and those between that `cfg.ablation` names."
-    full = LossWeights(cfg.distill, cfg.pixel, cfg.gradient, TEXTURE, cfg.feature, cfg.adversarial, cfg.decoder, cfg.fusion, local=True, clean=CLEAN)
+    full = LossWeights(cfg.distill, cfg.pixel, cfg.gradient, TEXTURE, LATTICE, cfg.feature, cfg.adversarial, cfg.decoder, cfg.fusion, local=True, clean=CLEAN)
     steps = dict(bottleneck=replace(full, fusion=0), size=replace(full, local=False), matching=replace(full, matching=MATCHING), features=replace(full, adversarial=0.),
-                 pixels=replace(full, texture=0., feature=0., adversarial=0., decoder=False, fusion=0), decoder=replace(full, texture=0., feature=0., adversarial=0., fusion=0),
-                 texture=replace(full, texture=0.))
+                 pixels=replace(full, texture=0., lattice=0., feature=0., adversarial=0., decoder=False, fusion=0), decoder=replace(full, texture=0., lattice=0., feature=0., adversarial=0., fusion=0),
+                 texture=replace(full, texture=0.), lattice=replace(full, lattice=0.))
     if unknown := [n for n in cfg.ablation if n not in steps]: raise ValueError(f"onestep.ablation names {', '.join(unknown)}; choose from {', '.join(steps)}")
     return dict(paper=PAPER_LOSS, **{n: steps[n] for n in cfg.ablation}, ours=full)
 
@@ -461,7 +515,7 @@ def train_students(run: Run, multistep: dict[str, SRModel], codec: LatentCodec, 
         cost[f"{name}_s"] = time.perf_counter() - t
     return students, curves, cost
 
-@stage("onestep", upstream=("teacher", "adapt"), config=lambda p: (p.onestep, p.eval, p.adapt.degradation, shipped_hash("shipped" if p.onestep.shipped else "", "onestep/unet", "onestep/vae", "onestep/fusion")))
+@stage("onestep", upstream=("teacher", "adapt"), config=lambda p: (p.onestep, p.eval, p.adapt.degradation, shipped_hash("shipped" if p.onestep.shipped else "", "onestep", "onestep/unet", "onestep/vae", "onestep/fusion")))
 def run_onestep(run: Run) -> dict:
     "One-step students by the paper's loss, by ours and by parts of ours, a regression net of equal cost, all on held-out crops."
     p, cfg, codec = run.profile, run.profile.onestep, load_teacher(run.up["teacher"]).codec

@@ -142,7 +142,7 @@ class OneStepConfig:
     adversarial: float = 0.02     # weight of the critic's opinion
     decoder: bool = True          # the decoder is trained along
     fusion: int = 4               # residual blocks that see the input past the bottleneck; 0: none, as in the paper
-    ablation: tuple[str, ...] = ("features",)  # parts of our loss that are trained beside it: pixels, decoder, texture, features, bottleneck, size, matching
+    ablation: tuple[str, ...] = ("features",)  # parts of our loss that are trained beside it: pixels, decoder, texture, lattice, features, bottleneck, size, matching
     ema: float = 0.99
     shipped: bool = True          # the weights that ship stand beside what is trained here
     baseline_lr: float = 5e-4     # of the equal-cost L1 regression network
@@ -218,14 +218,14 @@ def _smoke() -> Profile:
                             compare_eps=(0.5, 1.0), compare_iterations=8, compare_front=12, compare_seeds=2, compare_seeds_slow=1),
         compact=CompactConfig(steps=3, batch=4),
         adapt=AdaptConfig(pool=12, steps=3, batch=4, sample_steps=(1, 2)),
-        onestep=OneStepConfig(steps=3, batch=4, teacher_steps=2, endpoints=8),
+        onestep=OneStepConfig(steps=3, batch=4, feature=4.0, teacher_steps=2, endpoints=8),
         ablation=AblationConfig(pool=8, steps=2, batch=4),
         study=StudyConfig(steps=3, batch=4, samples=2, sample_steps=2, rank_architectures=3, rank_steps=2, rank_batch=4, rank_latents=4),
         eval=EvalConfig(crops=2, crop=128, metrics=("psnry", "ssim")))
 
 def _cpu() -> Profile:
     return Profile(
-        "cpu", search=SearchConfig(truth_latents=20), adapt=AdaptConfig(steps=300), onestep=OneStepConfig(ablation=()),
+        "cpu", search=SearchConfig(truth_latents=20), adapt=AdaptConfig(steps=300), onestep=OneStepConfig(feature=4.0, ablation=()),
         study=StudyConfig(steps=128, seeds=3, rank_steps=12))
 
 def _release() -> Profile:
@@ -239,7 +239,7 @@ def _release() -> Profile:
                             truth_latents=250, truth_table="measured", compare_seeds_slow=20),
         compact=CompactConfig(start="scratch", steps=20_000, lr=1.5e-3, ema=0.9995),
         adapt=AdaptConfig(degradation="mixed", pool=16_384, lr=5e-4, steps=20_000, batch=32, ema=0.9995, sample_steps=(1, 2, 4, 10, 50)),
-        onestep=OneStepConfig(shipped=False, lr=2e-4, steps=20_000, batch=32, ema=0.999, distill=0.02, pixel=0.5, gradient=0.25, adversarial=0.3, fusion=16,
+        onestep=OneStepConfig(shipped=False, lr=2e-4, steps=20_000, batch=32, ema=0.999, distill=0.02, pixel=0.5, gradient=0.25, feature=4.0, adversarial=0.3, fusion=16,
                               ablation=("pixels", "decoder", "texture", "features", "size", "matching"), teacher_steps=50, endpoints=16_384),
         ablation=AblationConfig(pool=8_192, steps=5_000, batch=32),
         study=StudyConfig(steps=20_000, ema=0.9995, seeds=3, samples=512, sample_steps=50, rank_architectures=24, rank_steps=1_000, rank_batch=32, rank_latents=512),
@@ -253,7 +253,7 @@ def _gpu() -> Profile:
         surrogates=SurrogateConfig(steps=1_000, batch=64, eval_batches=8),
         compact=CompactConfig(start="scratch", steps=4_000, batch=128, lr=1.5e-3, ema=0.999),
         adapt=AdaptConfig(degradation="mixed", pool=8_192, steps=4_000, batch=64, ema=0.999, sample_steps=(1, 2, 4, 10, 50)),
-        onestep=OneStepConfig(shipped=False, lr=2e-4, steps=2_000, batch=64, ema=0.995, distill=0.02, pixel=0.5, gradient=0.25, adversarial=0.3, fusion=16,
+        onestep=OneStepConfig(shipped=False, lr=2e-4, steps=2_000, batch=64, ema=0.995, distill=0.02, pixel=0.5, gradient=0.25, feature=4.0, adversarial=0.3, fusion=16,
                               ablation=("pixels", "decoder", "texture", "features"), teacher_steps=20, endpoints=8_192),
         ablation=AblationConfig(pool=4_096, steps=800, batch=64),
         study=StudyConfig(steps=4_000, batch=128, ema=0.999, seeds=3, samples=512, sample_steps=50, rank_architectures=24, rank_steps=500, rank_batch=64, rank_latents=512))
@@ -270,7 +270,7 @@ def _paper() -> Profile:
         search=SearchConfig(eps=(0.001, 0.002, 0.003, 0.004, 0.005, 0.006, 0.007, 0.008), eps_unit="absolute", iterations=40, seeds=1, fidelity_samples=512, fidelity_batch=16),
         compact=CompactConfig(start="scratch", steps=100_000, batch=64, lr=1e-5, ema=0.9999, weighting="epsilon"),
         adapt=AdaptConfig(pool=32_768, steps=100_000, batch=64, lr=5e-5, ema=0.9999, sample_steps=(1, 2, 4, 10, 50)),
-        onestep=OneStepConfig(shipped=False, steps=50_000, batch=32, lr=1e-5, teacher_steps=50, endpoints=32_768),
+        onestep=OneStepConfig(shipped=False, steps=50_000, batch=32, lr=1e-5, feature=4.0, teacher_steps=50, endpoints=32_768),
         ablation=AblationConfig(pool=32_768, steps=50_000, batch=32, lr=1e-4),
         study=StudyConfig(steps=100_000, batch=64, lr=1e-5, ema=0.9999, samples=1_024, sample_steps=50, rank_steps=2_000, rank_batch=64, rank_latents=512, weighting="epsilon"),
         eval=EvalConfig(crops=3_000, crop=512, metrics=("psnry", "ssim", "lpips", "dists", "niqe", "musiq", "maniqa", "clipiqa", "fid")))
