@@ -13,7 +13,7 @@ from tocsr.adapt import condition
 from tocsr.degradations import degrade, imresize
 from tocsr.diffusion import nano_unet, noise_schedule
 from tocsr.latents import LatentCodec, fit_pca
-from tocsr.onestep import Fusion, Generator, freeze_statistics, localize, one_step
+from tocsr.onestep import Fusion, Generator, freeze_statistics, localize, one_step, save_update
 from tocsr.pipeline import Enlarged, TOCSRPipeline, as_tensors, measure_peak, model_info, tile_difference, tiled
 from tocsr.profiles import UNetConfig
 from tocsr.store import StoreError, read_weights, save_weights
@@ -234,3 +234,18 @@ def test_a_fusion_is_saved_seen_and_missed(pipe, tmp_path):
     with pytest.raises(StoreError, match="no weights"): TOCSRPipeline.from_pretrained(folder)
     file.with_name("config.json").unlink()
     with pytest.raises(StoreError, match="fusion/config.json is missing"): TOCSRPipeline.from_pretrained(folder)
+
+
+def test_an_update_beside_the_weights_is_read_along(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    moved = deepcopy(pipe.generator)
+    with torch.no_grad():
+        for w in moved.unet.parameters(): w += 0.1*w.abs().mean()
+    save_update(tmp_path/"update.safetensors", pipe.generator, moved)
+    read = TOCSRPipeline.from_pretrained(tmp_path)
+    gap = lambda a, b: sum((u - v).pow(2).sum() for u, v in zip(a.generator.unet.parameters(), b.unet.parameters())).sqrt().item()
+    assert gap(read, moved) < 0.2*gap(pipe, moved)
+    read.save_pretrained(tmp_path/"sum")
+    assert not (tmp_path/"sum/update.safetensors").exists() and gap(TOCSRPipeline.from_pretrained(tmp_path/"sum"), read.generator) < 1e-6
+    (tmp_path/"update.safetensors").write_bytes(b"cut")
+    with pytest.raises(StoreError, match="update.safetensors"): TOCSRPipeline.from_pretrained(tmp_path)

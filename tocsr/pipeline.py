@@ -7,6 +7,7 @@ from __future__ import annotations
 import json, logging, re, subprocess, sys, tempfile
 from collections.abc import Callable
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np, torch
@@ -221,7 +222,7 @@ class TOCSRPipeline:
             if not (config := f.with_name("config.json")).is_file(): raise StoreError(f"{config} is missing; copy the whole folder of the model again")
             read_weights(f)
         with _quiet(): generator, config = load_generator(folder)
-        for f in parts: load_weights(f, dict(vae=generator.codec.model, fusion=generator.fusion)[f.parent.name])  # diffusers only warns of missing tensors
+        for f in parts: load_weights(f, deepcopy(dict(vae=generator.codec.model, fusion=generator.fusion)[f.parent.name]))  # diffusers only warns of missing tensors
         return cls(generator, config["scale"], config["coarse"], config["about"])
 
     def save_pretrained(self, folder: str | Path) -> Path:

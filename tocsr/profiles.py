@@ -218,14 +218,14 @@ def _smoke() -> Profile:
                             compare_eps=(0.5, 1.0), compare_iterations=8, compare_front=12, compare_seeds=2, compare_seeds_slow=1),
         compact=CompactConfig(steps=3, batch=4),
         adapt=AdaptConfig(pool=12, steps=3, batch=4, sample_steps=(1, 2)),
-        onestep=OneStepConfig(steps=3, batch=4, feature=4.0, teacher_steps=2, endpoints=8),
+        onestep=OneStepConfig(steps=3, batch=4, feature=3.0, teacher_steps=2, endpoints=8),
         ablation=AblationConfig(pool=8, steps=2, batch=4),
         study=StudyConfig(steps=3, batch=4, samples=2, sample_steps=2, rank_architectures=3, rank_steps=2, rank_batch=4, rank_latents=4),
         eval=EvalConfig(crops=2, crop=128, metrics=("psnry", "ssim")))
 
 def _cpu() -> Profile:
     return Profile(
-        "cpu", search=SearchConfig(truth_latents=20), adapt=AdaptConfig(steps=300), onestep=OneStepConfig(feature=4.0, ablation=()),
+        "cpu", search=SearchConfig(truth_latents=20), adapt=AdaptConfig(steps=300), onestep=OneStepConfig(lr=1e-3, feature=3.0, ablation=()),
         study=StudyConfig(steps=128, seeds=3, rank_steps=12))
 
 def _release() -> Profile:
