@@ -339,7 +339,7 @@ def consistent(
     for _ in range(rounds):
         residual = lr - imresize(sr, size=small)
         if coarse > 1: residual = imresize(imresize(residual, size=grid), size=small)
-        sr = (sr + imresize(residual, size=large)).clamp(-1, 1)
+        sr = imresize(residual, size=large).add_(sr).clamp_(-1, 1)  # in place: large pictures
     return sr
 
 # %% ../nbs/05_onestep.ipynb #8e2a49ee

@@ -294,8 +294,9 @@ class TOCSRPipeline:
         noise = start_noise((self.generator.codec.channels, *(n//8 for n in x.size)), seed, [0])
         if self.local and steps == 1 and tile and max(h, w) > tile: sr = exactly_tiled(self.generator, x, noise, tile*s, progress, self.device)
         else: sr = tiled(self._run(steps), x, noise, tile and tile*s, overlap*s, progress)
-        sr = sr[..., :h*s, :w*s].clamp_(-1, 1)
-        if coarse: sr = consistent(sr, lr, coarse)
+        held = [sr[..., :h*s, :w*s].clamp_(-1, 1)]
+        del x, noise, sr                                         # the only reference goes into `consistent`, which frees the picture when it has the next
+        sr = consistent(held.pop(), lr, coarse) if coarse else held.pop()
         if strength < 1: sr.lerp_(upsample(lr, s).clamp_(-1, 1), 1 - strength)
         size = tuple(max(1, round(n*factor)) for n in (h, w))
         return sr if size == sr.shape[-2:] else imresize(sr, size=size).clamp_(-1, 1)
