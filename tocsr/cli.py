@@ -5,7 +5,7 @@
 # %% ../nbs/tools/14_cli.ipynb #90c2c768
 from __future__ import annotations
 import calendar, json, os, re, shutil, signal, statistics, subprocess, sys, time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Iterator, Optional
@@ -506,7 +506,7 @@ def _draw_strip(file: Path, dataset, models: list, cases: list, dtype: str):
 def eval_command(
     dataset: Annotated[str, typer.Option(help="Set5, Set14, BSD100, Urban100, degraded, DIV2K-Val, RealSR or DRealSR.")],
     root: Annotated[Optional[Path], typer.Option(help="Folder with the set; for degraded the one that fetch-photos filled. Default $TOCSR_DATA.")] = None,
-    model: Annotated[Optional[list[str]], typer.Option(help="bicubic, span, animevideov3, x4plus, ours, ours_clean, the folder of a saved pipeline or the file of a regression net; may be repeated. Default: all of these names.")] = None,
+    model: Annotated[Optional[list[str]], typer.Option(help="bicubic, span, animevideov3, x4plus, ours, ours_damaged, the folder of a saved pipeline or the file of a regression net; may be repeated. Default: all of these names.")] = None,
     metrics: Annotated[str, typer.Option(help="Names, separated by commas.")] = "psnry,ssim,stlpips,niqe",
     limit: Annotated[Optional[int], typer.Option(min=1, help="The first N images only.")] = None,
     threads: Annotated[Optional[int], typer.Option(min=1, help="CPU threads of every competitor.")] = None,
@@ -556,7 +556,7 @@ def bench_command(
     from tocsr.evaluation import DTYPES, NAMED, bench
     kinds = [d.strip() for d in dtype.split(",")]
     if bad := [d for d in kinds if d not in DTYPES]: raise ChoiceError(f"unknown dtype {bad[0]!r}; choose from {', '.join(DTYPES)}")
-    rows = bench(model or [n for n in NAMED if n != "ours_clean"], _numbers(sizes, "sizes"), _numbers(threads, "threads"), kinds, repeats)
+    rows = bench(model or [n for n in NAMED if n != "ours_damaged"], _numbers(sizes, "sizes"), _numbers(threads, "threads"), kinds, repeats)
     if as_json: return typer.echo(json.dumps(dict(machine=machine(), rows=rows), indent=1))
     typer.echo(f"{machine()['cpu']}; median of {repeats} warm calls in turns, one image per call, LR tensor to SR tensor, autoencoder included, loading and files excluded\n\n{_columns_of(rows)}")
 
@@ -569,13 +569,13 @@ def _device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as e: raise ChoiceError(f"device {name!r} is not available here ({' '.join(str(e).split())[:120]}); use auto or cpu") from e
     return device
 
-def _prepare(model: str | None, device: str, scale: float | None, tile: int | None, seed: int, **call) -> tuple:
+def _prepare(model: str | None, device: str, scale: float | None, tile: int | None, seed: int, clean: bool | None = None, **call) -> tuple:
     "Pipeline, arguments of its call, and these with the model's hash; raises `ChoiceError` for what the model cannot do."
     from tocsr.pipeline import MULTIPLE, OVERLAP, TOCSRPipeline, model_folder
     where, home = _device(device), model_folder(model)
     pipe = TOCSRPipeline.from_pretrained(home).to(where)
     unit, side = MULTIPLE//pipe.scale, "auto" if tile is None else tile or None
-    call |= dict(scale=scale or pipe.scale, tile=side, overlap=min(OVERLAP, side//2//unit*unit) if isinstance(side, int) else OVERLAP)
+    call |= dict(scale=scale or pipe.scale, tile=side, coarse={None: None, True: 1, False: pipe.coarse}[clean], overlap=min(OVERLAP, side//2//unit*unit) if isinstance(side, int) else OVERLAP)
     try: pipe.check(**call)
     except ValueError as e: raise ChoiceError(str(e)) from e
     call["seed"] = seed
@@ -591,7 +591,7 @@ def _progress(total: int):
 def _say(o, quiet: bool, as_json: bool, bar):
     "One outcome: as JSON, as a line on stdout, or, if it failed, on stderr."
     from tocsr.upscale import json_line
-    done = f"{o.result[0]} x {o.result[1]} in {o.seconds:.1f} s" if o.result else "there already"
+    done = f"{o.result[0]} x {o.result[1]} in {o.seconds:.1f} s{', agreeing in every pixel'*bool(o.clean)}" if o.result else "there already"
     with bar.external_write_mode(file=sys.stderr):
         if as_json: typer.echo(json_line(o))
         elif o.status == "failed": typer.echo(f"tocsr: {o.error}", err=True)
@@ -600,10 +600,14 @@ def _say(o, quiet: bool, as_json: bool, bar):
 def _upscale(jobs: list, pipe, call: dict, quiet: bool, as_json: bool, **how) -> bool:
     "Enlarge, tell each outcome and the sum of all, also when interrupted; whether none failed."
     from tocsr.upscale import in_words, summarise, upscale_files
-    start, out, (bar, tell) = time.perf_counter(), [], _progress(len(jobs))
-    upscaler = lambda x, progress: pipe(x, output_type="pt", progress=progress, **call).images[0]
+    start, out, agreed, (bar, tell) = time.perf_counter(), [], [], _progress(len(jobs))
+    def upscaler(x, progress):
+        made = pipe(x, output_type="pt", progress=progress, **call)
+        agreed[:] = made.trusted
+        return made.images[0]
     try:
-        for o in upscale_files(jobs, upscaler, call["scale"], progress=tell, **how): out.append(o); _say(o, quiet, as_json, bar)
+        for o in upscale_files(jobs, upscaler, call["scale"], progress=tell, **how):
+            out.append(replace(o, clean=agreed[0]) if o.status == "done" else o); _say(out[-1], quiet, as_json, bar)
     finally:
         bar.close()
         s = summarise(out, len(jobs), time.perf_counter() - start)
@@ -622,7 +626,7 @@ def upscale(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     steps: Annotated[int, typer.Option(help="More than 1 only with a multi-step model.")] = 1,
     strength: Annotated[float, typer.Option(help="From 0, bicubic, to 1, the model's picture.")] = 1.0,
-    clean: Annotated[bool, typer.Option("--clean", help="The pictures are small but clean, without noise or compression: results agree with every one of their pixels.")] = False,
+    clean: Annotated[Optional[bool], typer.Option("--clean/--damaged", help="Clean: results agree with every pixel of their input. Damaged: in colour and brightness only. Default: the model judges each picture.")] = None,
     model: Annotated[Optional[str], typer.Option(help="A model folder or a name on the Hugging Face hub; default the shipped weights.")] = None,
     format: Annotated[Optional[str], typer.Option(help=f"One of {', '.join(FORMATS)}; default the input's.")] = None,
     quality: Annotated[int, typer.Option(min=1, max=100, help="Of JPEG and WebP.")] = QUALITY,
@@ -635,7 +639,7 @@ def upscale(
     if as_json and out == "-": raise ChoiceError("--json and -o - both want standard output")
     try:
         jobs = files.plan(inputs, out, format)
-        pipe, call, settings = _prepare(model, device, scale, tile, seed, steps=steps, strength=strength, coarse=1 if clean else None)
+        pipe, call, settings = _prepare(model, device, scale, tile, seed, steps=steps, strength=strength, clean=clean)
         many, settings["quality"] = out != "-" and jobs[0].target != Path(out), quality
         if out != "-": files.make_folder(Path(out) if many else Path(out).parent)
         journal = files.Journal(Path(out)) if many else None
@@ -656,5 +660,5 @@ def info(
     if as_json: return typer.echo(json.dumps(dict(folder=str(home), **i), indent=1))
     rows = [("folder", home), ("enlarges", f"{i['scale']}x and less"), ("tiles", f"{i['tile']} px, overlap {i['overlap']}, multiples of {i['multiple']} (of the input)"), ("steps", i["steps"]),
             ("backbone", f"{i['architecture']}, {i['backbone_parameters']/1e6:.2f} M parameters"), ("all", f"{i['parameters']/1e6:.2f} M parameters, {i['latent_channels']} latent channels"),
-            ("cost", f"{i['macs_per_pixel']/1e6:.2f} M multiply-accumulates per input pixel"), ("agrees with its input", f"when shrunk {i['coarse']} times"), ("licence", i["licence"])]
+            ("cost", f"{i['macs_per_pixel']/1e6:.2f} M multiply-accumulates per input pixel"), ("agrees with its input", f"{'in every pixel where it can be trusted, else ' if i['judges'] else ''}when shrunk {i['coarse']} times"), ("licence", i["licence"])]
     typer.echo(columns(rows + [(f"  {k}", json.dumps(v, ensure_ascii=False)) for k, v in sorted(i["about"].items())]))

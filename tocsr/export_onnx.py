@@ -15,6 +15,7 @@ from torch import nn, Tensor
 from torch.export import Dim
 from .onestep import Generator
 from .pipeline import MULTIPLE, TOCSRPipeline
+from .trust import Trust
 
 # %% auto #0
 __all__ = ['PACKAGES', 'TOLERANCE', 'OnnxError', 'missing', 'export_onnx', 'OnnxGenerator', 'load_onnx', 'check_onnx']
@@ -54,13 +55,20 @@ def export_onnx(
     args = torch.zeros(1, 3, 2*MULTIPLE, 3*MULTIPLE), torch.zeros(1, g.codec.channels, 2*MULTIPLE//8, 3*MULTIPLE//8)
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(g, args, dynamo=True, dynamic_shapes=_dynamic(largest), input_names=["enlarged", "noise"], output_names=["picture"], verbose=False)
-    program.model.metadata_props["tocsr"] = json.dumps(dict(scale=pipe.scale, coarse=pipe.coarse, channels=g.codec.channels, about=pipe.about))
+    program.model.metadata_props["tocsr"] = json.dumps(dict(scale=pipe.scale, coarse=pipe.coarse, channels=g.codec.channels, about=pipe.about, trust=g.trust and {k: v.tolist() for k, v in g.trust.state_dict().items()}))
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try: program.save(tmp); os.replace(tmp, path)
     finally: tmp.unlink(missing_ok=True); pipe.to(pipe.device)
     return path
 
 # %% ../nbs/tools/19_onnx.ipynb #17a00007
+def _trust(state: dict | None) -> Trust | None:
+    "The judge that an exported file carries in its metadata."
+    if not state: return None
+    trust = Trust(len(state["net.0.bias"]))
+    trust.load_state_dict({k: torch.tensor(v) for k, v in state.items()})
+    return trust.eval()
+
 class OnnxGenerator(nn.Module):
     "What `Generator` does, by onnxruntime; raises `OnnxError` for a file that is none of ours."
     def __init__(self, path: str | Path, threads: int | None = None):
@@ -75,6 +83,7 @@ class OnnxGenerator(nn.Module):
         if said is None: raise OnnxError(f"{path} is an ONNX model, but none that tocsr wrote")
         self.config = json.loads(said)
         self.codec = SimpleNamespace(channels=self.config["channels"])
+        self.trust = _trust(self.config.get("trust"))
 
     def forward(self, x: Tensor, noise: Tensor) -> Tensor:
         "Upsampled image (1, 3, h, w), noise (1, c, h/8, w/8) -> image (1, 3, h, w), not clipped."

@@ -19,7 +19,7 @@ from .profiles import OneStepConfig, Profile
 from .store import Artifact, Run, StoreError, read_weights, save_weights, stage, write_json
 from .adapt import ADAPTED, Chunks, PairPool, SRModel, heldout_pairs, load_adapted, load_model, load_pool, save_model, start_noise, upsample, write_chunks
 from .complexity import count_macs, count_params
-from .degradations import imresize
+from .degradations import imresize, realesrgan
 from .diffusion import ddim_sample, diffusion_loss, predict_clean, signal_noise, uniform_timesteps
 from .expansion import shipped_hash, load_teacher, shipped
 from .latents import LatentCodec, ResidualBlock, decoder_only, load_codec, save_codec, save_module
@@ -27,15 +27,16 @@ from .metrics import WeightsError, available, lite0, measure, summary
 from .runtime import pick_device
 from .surrogates import Block, StagedUNet
 from .training import fit, step_generator
+from .trust import Trust, evidence, fit_trust, lightly_damaged
 
 # %% auto #0
-__all__ = ['WINDOW', 'PAPER_LOSS', 'STEPS', 'COARSE', 'TEXTURE', 'LATTICE', 'CLEAN', 'MATCHING', 'one_step', 'Fusion',
-           'ChannelAffine', 'LocalBlock', 'localize', 'freeze_statistics', 'Generator', 'teacher_endpoints',
+__all__ = ['WINDOW', 'PAPER_LOSS', 'ASKED', 'STEPS', 'COARSE', 'TEXTURE', 'LATTICE', 'CLEAN', 'MATCHING', 'JUDGED', 'one_step',
+           'Fusion', 'ChannelAffine', 'LocalBlock', 'localize', 'freeze_statistics', 'Generator', 'teacher_endpoints',
            'gradient_loss', 'texture_loss', 'lattice_loss', 'Features', 'feature_loss', 'Critic', 'critic_loss',
            'adversarial_loss', 'matching_losses', 'LossWeights', 'only_shrunk', 'distill', 'picture_losses',
-           'consistent', 'RegressionNet', 'equal_cost_net', 'train_regression', 'save_update', 'apply_update',
-           'save_generator', 'load_generator', 'load_onestep', 'run_all', 'competitors', 'loss_variants',
-           'train_students', 'run_onestep', 'evaluate']
+           'consistent', 'learn_trust', 'RegressionNet', 'equal_cost_net', 'train_regression', 'save_update',
+           'apply_update', 'save_generator', 'load_generator', 'load_onestep', 'run_all', 'competitors',
+           'loss_variants', 'train_students', 'run_onestep', 'evaluate']
 
 # %% ../nbs/05_onestep.ipynb #5ae41fc6
 def one_step(model: SRModel, z_T: Tensor, z_l: Tensor) -> Tensor:
@@ -119,10 +120,10 @@ def freeze_statistics(
 
 # %% ../nbs/05_onestep.ipynb #f0510004
 class Generator(nn.Module):
-    "The whole one-step path: encoder, one network call, decoder, and where there is one a `Fusion` with the input."
-    def __init__(self, codec: LatentCodec, unet: nn.Module, schedule: DDPMScheduler, gain: Tensor | None = None, fusion: Fusion | None = None):
+    "The whole one-step path: encoder, one network call, decoder, where there is one a `Fusion` with the input, and a `Trust` for `consistent` afterwards."
+    def __init__(self, codec: LatentCodec, unet: nn.Module, schedule: DDPMScheduler, gain: Tensor | None = None, fusion: Fusion | None = None, trust: Trust | None = None):
         super().__init__()
-        self.codec, self.unet, self.schedule, self.fusion = codec, unet, schedule, fusion
+        self.codec, self.unet, self.schedule, self.fusion, self.trust = codec, unet, schedule, fusion, trust
         self.register_buffer("gain", gain)   # moves and casts with the networks
 
     @property
@@ -327,20 +328,48 @@ def picture_losses(x: Tensor, hr: Tensor, given: Tensor, features: Features | No
     return parts
 
 # %% ../nbs/05_onestep.ipynb #115ddef8
+ASKED = 4                         # rounds after which colour and brightness agree
+
 def consistent(
     sr: Tensor,                   # (b, 3, s*h, s*w)
     lr: Tensor,                   # (b, 3, h, w) in [-1, 1]
     coarse: int = 1,              # 1: agree in every LR pixel; n: agree when shrunk n times further
     rounds: int = 12,
+    trust: Callable[[Tensor, Tensor], bool] | None = None,  # asked after ASKED rounds, with lr and what the result leaves of it: yes: from here on in every pixel; None: nobody is asked
 ) -> Tensor:                      # (b, 3, s*h, s*w) in [-1, 1]
     "Iterated back-projection: `sr` changed so that its bicubic-downsampled version equals `lr`."
     small, large = tuple(lr.shape[-2:]), tuple(sr.shape[-2:])
     grid = tuple(max(1, -(-n//coarse)) for n in small)
-    for _ in range(rounds):
+    for i in range(rounds):
         residual = lr - imresize(sr, size=small)
+        if trust and i == ASKED and trust(lr, residual): coarse = 1
         if coarse > 1: residual = imresize(imresize(residual, size=grid), size=small)
         sr = imresize(residual, size=large).add_(sr).clamp_(-1, 1)  # in place: large pictures
     return sr
+
+# %% ../nbs/05_onestep.ipynb #f1340004
+@torch.no_grad()
+def learn_trust(
+    g: Generator,                 # trained
+    hr: Tensor,                   # (n, 3, h, w) in [-1, 1]
+    weights: LossWeights,         # of the loss that decides
+    scale: int, coarse: int,
+    seed: int = 0, device: str = "auto", log=None,
+) -> Trust:
+    "A judge of when `g`'s results should agree with their input in every pixel."
+    dev, features, seen, losses = pick_device(device), Features(str(pick_device(device))) if weights.feature else None, [], []
+    g = g.to(dev).eval()
+    rate = dict(pixel=weights.pixel, gradient=weights.gradient, texture=weights.texture, lattice=weights.lattice, feature=weights.feature)
+    for i, x in enumerate(hr.split(1)):
+        lr = (realesrgan(x[0], scale, seed + i) if i % 2 else lightly_damaged(x[0], scale, seed + i))[None]
+        large = upsample(lr, scale).to(dev)
+        y = g(large, start_noise((g.codec.channels, *(n//g.codec.factor for n in large.shape[-2:])), seed, [i]).to(dev)).cpu().clamp(-1, 1)
+        both = torch.cat([consistent(y, lr, coarse), consistent(y, lr, coarse, trust=lambda *v: seen.append(evidence(*v)) or True)]).to(dev)
+        parts = picture_losses(both, x.to(dev).expand_as(both), large.expand_as(both), features, None)
+        losses.append(sum(rate[k]*v for k, v in parts.items()).cpu())
+    better = (lambda v: v[:, 1] < v[:, 0])(torch.stack(losses))
+    if log: log(f"trust: agreement in every pixel is better for {better.float().mean():.0%} of {len(hr)} pictures")
+    with torch.enable_grad(): return fit_trust(seen, better, seed=seed)
 
 # %% ../nbs/05_onestep.ipynb #8e2a49ee
 class RegressionNet(nn.Module):
@@ -415,11 +444,12 @@ def apply_update(module: nn.Module, file: Path) -> nn.Module:
 
 # %% ../nbs/05_onestep.ipynb #373fd456
 def save_generator(folder: Path, generator: Generator, scale: int, coarse: int, dtype: torch.dtype | None = None, **about) -> Path:
-    "Folder with config.json, vae/, unet/, scheduler/ (and fusion/, gain.safetensors); `about` (JSON) tells where it comes from."
+    "Folder with config.json, vae/, unet/, scheduler/ (and fusion/, trust/, gain.safetensors); `about` (JSON) tells where it comes from."
     generator = deepcopy(generator).cpu().to(dtype) if dtype else generator
     save_codec(generator.codec, Path(folder)/"vae")
     save_model(folder, generator.model)
-    if generator.fusion is not None: save_module(generator.fusion, Path(folder)/"fusion")
+    for name in ("fusion", "trust"):
+        if (part := getattr(generator, name)) is not None: save_module(part, Path(folder)/name)
     write_json(Path(folder)/"config.json", dict(_class_name="TOCSRPipeline", scale=scale, coarse=coarse, local=generator.local, about=about))
     return Path(folder)
 
@@ -430,10 +460,10 @@ def load_generator(folder: str | Path) -> tuple[Generator, dict]:
     try: config = json.loads(file.read_text())
     except json.JSONDecodeError as e: raise StoreError(f"{file} is damaged ({e})") from e
     if config.get("_class_name") != "TOCSRPipeline": raise StoreError(f"{file} describes a {config.get('_class_name')}, not a TOCSRPipeline")
-    fusion = Fusion.from_pretrained(Path(folder)/"fusion", use_safetensors=True) if (Path(folder)/"fusion").is_dir() else None
+    fusion, trust = (kind.from_pretrained(Path(folder)/name, use_safetensors=True) if (Path(folder)/name).is_dir() else None for name, kind in (("fusion", Fusion), ("trust", Trust)))
     codec, model = load_codec(Path(folder)/"vae"), load_model(folder)
     if config.get("local"): localize(model.unet, codec.factor)
-    generator = Generator(codec, *model, fusion).float().eval()
+    generator = Generator(codec, *model, fusion, trust).float().eval()
     return apply_update(generator, update) if (update := Path(folder)/"update.safetensors").is_file() else generator, config
 
 def load_onestep(artifact: Artifact, variant: str = "ours") -> tuple[Generator, dict]:
@@ -468,7 +498,7 @@ def competitors(multistep: dict[str, SRModel], students: dict[str, Generator], n
         def f(lr, i):
             x = upsample(lr, scale)
             sr = g.to(dev)(x.to(dev), start_noise((g.codec.channels, x.shape[-2]//8, x.shape[-1]//8), seed, [i]).to(dev)).cpu()
-            return consistent(sr, lr, coarse) if fix else sr
+            return consistent(sr, lr, coarse, trust=g.trust and g.trust.agrees) if fix else sr
         return f
     out = {"bicubic": (lambda lr, i: upsample(lr, scale), dict(steps=0, macs_G=0., params_M=0.)),
            "L1 regression": (lambda lr, i: net(lr.to(dev)), dict(steps=1, macs_G=count_macs(net, torch.empty(1, 3, side//scale, side//scale))/1e9, params_M=count_params(net)/1e6))}
@@ -480,6 +510,7 @@ def competitors(multistep: dict[str, SRModel], students: dict[str, Generator], n
 COARSE = dict(bicubic=1, realesrgan=8, mixed=8)  # how far a result must agree with its input, by degradation
 TEXTURE, LATTICE, CLEAN = 3.0, 2.0, 3.0  # `LossWeights.texture`, `lattice` and `clean` of our variants
 MATCHING = 0.1                    # `LossWeights.matching` of the variant named so
+JUDGED = 4096                     # pictures, at most, from which `learn_trust` learns
 
 def loss_variants(cfg: OneStepConfig) -> dict[str, LossWeights]:
     "The paper's loss, ours, and those between that `cfg.ablation` names."
@@ -515,7 +546,7 @@ def train_students(run: Run, multistep: dict[str, SRModel], codec: LatentCodec, 
         cost[f"{name}_s"] = time.perf_counter() - t
     return students, curves, cost
 
-@stage("onestep", upstream=("teacher", "adapt"), config=lambda p: (p.onestep, p.eval, p.adapt.degradation, shipped_hash("shipped" if p.onestep.shipped else "", "onestep", "onestep/unet", "onestep/vae", "onestep/fusion")))
+@stage("onestep", upstream=("teacher", "adapt"), config=lambda p: (p.onestep, p.eval, p.adapt.degradation, shipped_hash("shipped" if p.onestep.shipped else "", "onestep", "onestep/unet", "onestep/vae", "onestep/fusion", "onestep/trust")))
 def run_onestep(run: Run) -> dict:
     "One-step students by the paper's loss, by ours and by parts of ours, a regression net of equal cost, all on held-out crops."
     p, cfg, codec = run.profile, run.profile.onestep, load_teacher(run.up["teacher"]).codec
@@ -528,6 +559,7 @@ def run_onestep(run: Run) -> dict:
     run.log(f"regression net of equal cost: {net.blocks} blocks")
     curves["L1 regression"] = train_regression(net, pool, cfg, run.scratch/"l1", p.seed, p.device, p.mixed_precision, run.log)
     cost["L1 regression_s"] = time.perf_counter() - t
+    if coarse > 1: students["ours"].trust = learn_trust(students["ours"], pool.batch(range(min(cfg.endpoints, 2*JUDGED)//2)).hr, loss_variants(cfg)["ours"], p.data.scale, coarse, p.seed + 3, p.device, run.log)
     for name, g in students.items(): save_generator(run.dir/name, g.cpu(), p.data.scale, coarse, profile=p.name, degradation=p.adapt.degradation, loss=name, steps=cfg.steps)
     shown = dict(shipped=load_generator(shipped("onestep"))[0]) if cfg.shipped else {}
     rows, images, values = evaluate(competitors(multistep, students | shown, net, codec, p, coarse), p)

@@ -191,6 +191,7 @@ TILE, LOCAL_TILE, OVERLAP = 128, 512, 16  # LR pixels; the second for local mode
 class UpscaleOutput(BaseOutput):
     "What the pipeline returns: `images` is a list of PIL images, a list of uint8 arrays (h, w, 3) or a list of tensors (3, h, w) in [-1, 1]."
     images: list
+    trusted: list[bool] | None = None  # which inputs each result agrees with in every pixel
 
 def _to_uint8(x: Tensor, rows: int = 256) -> np.ndarray:
     "(3, h, w) in [-1, 1] -> uint8 (h, w, 3), some rows at a time: no second full-size float."
@@ -199,7 +200,7 @@ def _to_uint8(x: Tensor, rows: int = 256) -> np.ndarray:
 _OUT = dict(pil=lambda x: Image.fromarray(_to_uint8(x)), np=_to_uint8, pt=lambda x: x)
 
 class TOCSRPipeline:
-    "One-step super-resolution. `coarse` says how strictly results agree with their input (1: in every LR pixel)."
+    "One-step super-resolution. `coarse` says how strictly results agree with an input that is not to be trusted (1: in every LR pixel)."
     def __init__(self, generator: Generator, scale: int = 4, coarse: int = 8, about: dict | None = None):
         self.generator, self.scale, self.coarse, self.about, self.device = generator.eval(), scale, coarse, about or {}, torch.device("cpu")
 
@@ -217,16 +218,16 @@ class TOCSRPipeline:
     def from_pretrained(cls, folder: str | Path | None = None, revision: str | None = None) -> "TOCSRPipeline":
         "From a folder of `save_pretrained` or a name on the Hugging Face hub; None: the weights that the library ships. Raises `StoreError` for what is no model."
         folder = model_folder(folder, revision)
-        parts = [folder/n/_WEIGHTS for n in ("vae", "fusion") if (folder/n).is_dir()]
+        parts = [folder/n/_WEIGHTS for n in ("vae", "fusion", "trust") if (folder/n).is_dir()]
         for f in parts:                                                  # incomplete, damaged? then say so before diffusers does, at length
             if not (config := f.with_name("config.json")).is_file(): raise StoreError(f"{config} is missing; copy the whole folder of the model again")
             read_weights(f)
         with _quiet(): generator, config = load_generator(folder)
-        for f in parts: load_weights(f, deepcopy(dict(vae=generator.codec.model, fusion=generator.fusion)[f.parent.name]))  # diffusers only warns of missing tensors
+        for f in parts: load_weights(f, deepcopy(dict(vae=generator.codec.model, fusion=generator.fusion, trust=generator.trust)[f.parent.name]))  # diffusers only warns of missing tensors
         return cls(generator, config["scale"], config["coarse"], config["about"])
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        "config.json, vae/, unet/, scheduler/, perhaps fusion/; weights as safetensors."
+        "config.json, vae/, unet/, scheduler/, perhaps fusion/ and trust/; weights as safetensors."
         return save_generator(Path(folder), self.generator, self.scale, self.coarse, **self.about)
 
     def push_to_hub(self, repo_id: str, private: bool = False, token: str | None = None) -> str:
@@ -250,7 +251,7 @@ class TOCSRPipeline:
         tile: int | str | None = "auto",  # LR pixels, a multiple of 64/scale; larger pictures go through in tiles; "auto": the model's `tile`; None: never
         overlap: int = OVERLAP,   # LR pixels, a multiple of 64/scale, below `tile`; a local model's tiles look as far as they must
         consistency: bool = True, # make the result agree with its input
-        coarse: int | None = None,  # how strictly: when shrunk so many times; 1, in every LR pixel, suits clean inputs; None: the model's
+        coarse: int | None = None,  # how strictly: when shrunk so many times; 1: in every LR pixel; None: as the model's `Trust` finds right, without one the model's own
         strength: float = 1.0,    # 0: bicubic, 1: the model's picture
         steps: int = 1,           # more only with a multi-step model
         output_type: str = "pil", # "pil", "np" or "pt"
@@ -260,11 +261,14 @@ class TOCSRPipeline:
         tile = self.tile if tile == "auto" else tile
         self.check(scale, tile, overlap, strength, steps, coarse)
         if output_type not in _OUT: raise ValueError(f"output_type {output_type!r}: choose one of {', '.join(_OUT)}")
-        pictures, out = as_tensors(image), []
+        pictures, out, trusted = as_tensors(image), [], []
+        ask = getattr(self.generator, "trust", None) if coarse is None else None
         for i, x in enumerate(pictures):
-            sr = self._one(x[None], scale or self.scale, seed, tile, overlap, (coarse or self.coarse)*consistency, strength, steps, lambda share: progress((i + share)/len(pictures)))
+            trusted.append(consistency and (coarse or self.coarse) == 1)
+            def judge(*seen): trusted[-1] = ask.agrees(*seen); return trusted[-1]
+            sr = self._one(x[None], scale or self.scale, seed, tile, overlap, (coarse or self.coarse)*consistency, ask and judge, strength, steps, lambda share: progress((i + share)/len(pictures)))
             out.append(_OUT[output_type](sr[0]))
-        return UpscaleOutput(images=out)
+        return UpscaleOutput(images=out, trusted=trusted)
 
     def check(self, scale: float | None = None, tile: int | str | None = "auto", overlap: int = OVERLAP, strength: float = 1.0, steps: int = 1, coarse: int | None = None):
         "Raise `ValueError` for arguments of a call that this model cannot follow."
@@ -288,7 +292,7 @@ class TOCSRPipeline:
             return g.decode(g.model.latent(ddim_sample(g.unet, g.schedule, z, steps, z_l), z_l), x)
         return sample
 
-    def _one(self, lr: Tensor, factor: float, seed: int, tile: int | None, overlap: int, coarse: int, strength: float, steps: int, progress) -> Tensor:
+    def _one(self, lr: Tensor, factor: float, seed: int, tile: int | None, overlap: int, coarse: int, judge: Callable | None, strength: float, steps: int, progress) -> Tensor:
         "(1, 3, h, w) -> (1, 3, h', w') in [-1, 1]."
         x, s, (h, w) = Enlarged(lr, self.scale), self.scale, lr.shape[-2:]
         noise = start_noise((self.generator.codec.channels, *(n//8 for n in x.size)), seed, [0])
@@ -296,7 +300,7 @@ class TOCSRPipeline:
         else: sr = tiled(self._run(steps), x, noise, tile and tile*s, overlap*s, progress)
         held = [sr[..., :h*s, :w*s].clamp_(-1, 1)]
         del x, noise, sr                                         # the only reference goes into `consistent`, which frees the picture when it has the next
-        sr = consistent(held.pop(), lr, coarse) if coarse else held.pop()
+        sr = consistent(held.pop(), lr, coarse, trust=judge) if coarse else held.pop()
         if strength < 1: sr.lerp_(upsample(lr, s).clamp_(-1, 1), 1 - strength)
         size = tuple(max(1, round(n*factor)) for n in (h, w))
         return sr if size == sr.shape[-2:] else imresize(sr, size=size).clamp_(-1, 1)
@@ -337,7 +341,8 @@ class ModelInfo:
     tile: int                     # default side of a tile
     overlap: int                  # default overlap of neighbouring tiles
     steps: str                    # "1" or "any"
-    coarse: int                   # results agree with their input when shrunk this many times
+    coarse: int                   # results agree with an input that is not to be trusted when shrunk this many times
+    judges: bool                  # with one that is to be trusted, in every pixel
     architecture: str             # of the backbone, in the paper's bracket notation
     vector: tuple[str, ...]       # the same, an option per stage
     latent_channels: int
@@ -351,7 +356,7 @@ def model_info(pipe: TOCSRPipeline) -> ModelInfo:
     "Describe a pipeline's model."
     g, side, a = pipe.generator, pipe.tile*pipe.scale, getattr(pipe.generator.unet, "architecture", None)
     macs = count_macs(g, torch.empty(1, 3, side, side), torch.empty(1, g.codec.channels, side//8, side//8))
-    return ModelInfo(pipe.scale, MULTIPLE//pipe.scale, pipe.tile, OVERLAP, "any" if pipe.about.get("multistep") else "1", pipe.coarse, str(a or "not a staged UNet"), a.options if a else (), g.codec.channels,
+    return ModelInfo(pipe.scale, MULTIPLE//pipe.scale, pipe.tile, OVERLAP, "any" if pipe.about.get("multistep") else "1", pipe.coarse, getattr(g, "trust", None) is not None, str(a or "not a staged UNet"), a.options if a else (), g.codec.channels,
                      count_params(g), count_params(g.unet), macs/pipe.tile**2, pipe.about.get("licence", "not stated by the model"), pipe.about)
 
 # %% ../nbs/tools/13_pipeline.ipynb #4416466b

@@ -377,6 +377,7 @@ class Outcome:
     result: tuple[int, int] | None = None  # of the output
     seconds: float = 0.0
     notes: tuple[str, ...] = ()   # what was not kept
+    clean: bool | None = None     # whether it was agreed with in every pixel, where that is known
     error: str = ""               # one line
 
 class Stopped(RuntimeError):
