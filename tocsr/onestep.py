@@ -367,9 +367,11 @@ def learn_trust(
         both = torch.cat([consistent(y, lr, coarse), consistent(y, lr, coarse, trust=lambda *v: seen.append(evidence(*v)) or True)]).to(dev)
         parts = picture_losses(both, x.to(dev).expand_as(both), large.expand_as(both), features, None)
         losses.append(sum(rate[k]*v for k, v in parts.items()).cpu())
-    better = (lambda v: v[:, 1] < v[:, 0])(torch.stack(losses))
-    if log: log(f"trust: agreement in every pixel is better for {better.float().mean():.0%} of {len(hr)} pictures")
-    with torch.enable_grad(): return fit_trust(seen, better, seed=seed)
+    change = (lambda v: v[:, 1]/v[:, 0] - 1)(torch.stack(losses))
+    better = change < 0
+    caution = (change[~better].mean()/-change[better].mean()).log().item() if 0 < better.sum() < len(better) else 0.
+    if log: log(f"trust: agreement in every pixel is better for {better.float().mean():.0%} of {len(hr)} pictures; a yes needs log odds of {caution:.2f}")
+    with torch.enable_grad(): return fit_trust(seen, better, caution, seed=seed)
 
 # %% ../nbs/05_onestep.ipynb #8e2a49ee
 class RegressionNet(nn.Module):

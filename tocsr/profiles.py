@@ -225,7 +225,7 @@ def _smoke() -> Profile:
 
 def _cpu() -> Profile:
     return Profile(
-        "cpu", search=SearchConfig(truth_latents=20), adapt=AdaptConfig(steps=300), onestep=OneStepConfig(lr=1e-3, feature=3.0, ablation=("pixels", "decoder", "bottleneck", "texture", "lattice", "features", "size", "matching")),
+        "cpu", search=SearchConfig(truth_latents=20), adapt=AdaptConfig(steps=300), onestep=OneStepConfig(lr=1e-3, feature=3.0, ablation=("pixels", "decoder", "features", "matching")),
         study=StudyConfig(steps=128, seeds=3, rank_steps=12))
 
 def _release() -> Profile:

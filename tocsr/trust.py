@@ -76,9 +76,10 @@ class Trust(ModelMixin, ConfigMixin):
 def fit_trust(
     seen: list[Tensor],           # `evidence` per picture
     better: Tensor,               # (n,) of bool: whether agreement in every pixel made the better result
+    caution: float = 0.0,         # log odds that a yes needs: log of what a wrong yes costs over what a wrong no does
     steps: int = 2000, lr: float = 3e-3, seed: int = 0,
 ) -> Trust:
-    "Logistic loss over pictures; raises `ValueError` for pictures of different sizes or none."
+    "Logistic loss over pictures, then `caution`; raises `ValueError` for pictures of different sizes or none."
     if len({len(s) for s in seen}) != 1 or not len(seen[0]): raise ValueError("trust is learned from pictures of one size, 16 pixels or more")
     s, y = torch.stack(seen), better.float()
     with torch.random.fork_rng(devices=[]):
@@ -91,6 +92,7 @@ def fit_trust(
             i = torch.randint(len(s), (min(256, len(s)),))
             loss = F.binary_cross_entropy_with_logits(trust(s[i]).mean(1), y[i])
             optimizer.zero_grad(); loss.backward(); optimizer.step(); schedule.step()
+    with torch.no_grad(): trust.net[-1].bias -= caution
     return trust.eval()
 
 # %% ../nbs/tools/22_trust.ipynb #22c1000c
