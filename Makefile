@@ -20,11 +20,13 @@ venv = { test -n '$(PYTHON)' || { echo 'no Python 3.11-3.13 with venv found: apt
 # what notebooks and tests need; a variable, for a comma would end an argument of $(call)
 EXTRAS = dev,metrics,search
 TESTED = $(EXTRAS),onnx
-install = -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP     = -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# $(call install,python,extras): the project, then once more OpenCV's headless build, over which facexlib (of pyiqa) lays the desktop's, which wants X libraries
+install = $(1) $(PIP) -e '.[$(2)]' && $(1) $(PIP) --no-deps --force-reinstall opencv-python-headless
 
 # once, and again when the requirements change
 $(VENV)/.installed: pyproject.toml constraints.txt
-	$(call timed,install,$(call venv,$(VENV)) && $(VENV)/bin/python $(install) -e '.[$(EXTRAS)]' && touch $@)
+	$(call timed,install,$(call venv,$(VENV)) && $(call install,$(VENV)/bin/python,$(EXTRAS)) && touch $@)
 
 reproduce: $(VENV)/.installed
 	@$(VENV)/bin/tocsr reproduce --profile $(PROFILE)
@@ -39,7 +41,7 @@ test: test-install test-export test-notebooks test-pytest test-wheel
 	@printf '\nall tests passed\n'
 
 test-install:
-	$(call timed,clean environment,rm -rf $(T) && mkdir -p $(T) && $(call venv,$(T)/venv) && $(PY) $(install) -e '.[$(TESTED)]')
+	$(call timed,clean environment,rm -rf $(T) && mkdir -p $(T) && $(call venv,$(T)/venv) && $(call install,$(PY),$(TESTED)))
 
 test-export: COPY = $(T)/export
 test-export:

@@ -68,7 +68,17 @@ def test_conda_and_pip_agree():
     python = {p.split()[0]: p.split(maxsplit=1)[1:] for p in plain}
     assert set(python) == {"python", "pip"} and python["python"] == [PROJECT["project"]["requires-python"]]
     make = (ROOT/"Makefile").read_text()
-    assert by_pip == ["-c constraints.txt", "-e .[dev,metrics,search]"] and "-c constraints.txt" in make and "EXTRAS = dev,metrics,search\n" in make and "-e '.[$(EXTRAS)]'" in make, "both ways install the same"
+    assert by_pip == ["-c constraints.txt", "-e .[dev,metrics,search]"] and "-c constraints.txt" in make and "EXTRAS = dev,metrics,search\n" in make and "$(call install,$(VENV)/bin/python,$(EXTRAS))" in make, "both ways install the same"
+
+
+def test_opencv_needs_no_desktop():
+    "facexlib, which pyiqa requires, brings the desktop's build; a bare server lacks its libraries."
+    pinned, again = pins(), "--no-deps --force-reinstall opencv-python-headless"
+    assert pinned["opencv-python"].specifier == pinned["opencv-python-headless"].specifier, "one build lies over the other"
+    assert again in (ROOT/"Makefile").read_text() and again in (ROOT/"environment.yml").read_text()
+    if Path(sys.prefix) != ROOT/"build"/"test"/"venv": pytest.skip("only `make test` promises which of the two builds lies on top")
+    import cv2
+    assert re.search(r"GUI: +NONE", cv2.getBuildInformation())
 
 
 def test_one_version():

@@ -57,7 +57,7 @@ METRICS: dict[str, Metric] = {m.name: m for m in (
     Metric("fd_gabor", True, min_side=64, min_images=2))}
 
 class MetricError(ValueError):
-    "Unknown metric, or images that cannot be compared."
+    "Unknown metric, images that cannot be compared, or no pyiqa to compare them with."
 
 class WeightsError(MetricError):
     "A metric's weights are there but damaged, or could not be fetched."
@@ -106,11 +106,19 @@ def _missing(m: Metric) -> str | None:
         return f"{where}; TOCSR_DOWNLOAD=1 fetches it" + (", pip install tocsr[metrics] brings it" if spec in _SHIPPED else "")
     return None
 
+_OWN = ("fd_lite0", "fd_gabor")   # the distances that need no pyiqa
+
+def _unloadable() -> str | None:
+    "Why pyiqa cannot be imported, and the mend; None when it can."
+    try: import pyiqa
+    except ImportError as e:     # facexlib, which pyiqa requires, lays OpenCV's desktop build over the headless one
+        return f"pyiqa does not load ({e}); on a machine without a desktop: pip install --no-deps --force-reinstall opencv-python-headless"
+
 def available(
     names: Sequence[str] | None = None,  # None: all of `METRICS`
 ) -> dict[str, str | None]:
     "For each metric None when it can run here, else the reason why not."
-    return {n: _missing(metric(n)) for n in (METRICS if names is None else names)}
+    return {n: _missing(metric(n)) or (None if n in _OWN else _unloadable()) for n in (METRICS if names is None else names)}
 
 # %% ../nbs/tools/08_metrics.ipynb #8d80d9c1
 def to_unit(
@@ -141,6 +149,7 @@ def _readable(name: str):
 @lru_cache(maxsize=None)
 def _pyiqa(name: str, border: int, device: str, hub: str) -> torch.nn.Module:
     "A ready pyiqa metric; `hub` is part of the key because the weights come from there."
+    if why := _unloadable(): raise MetricError(why)
     import pyiqa
     from pyiqa.utils import download_util
     download_util.DEFAULT_CACHE_DIR = os.path.join(hub, "pyiqa")  # pyiqa fixes it at its import
@@ -225,8 +234,8 @@ def gabor_features(
 # %% ../nbs/tools/08_metrics.ipynb #e8ca974d
 def inception_features(images: Sequence[torch.Tensor]) -> np.ndarray:  # (n, 2048)
     "Inception features as pyiqa's `fid` takes them."
-    from pyiqa.archs.fid_arch import get_folder_features
     net = _pyiqa("fid", 0, str(images[0].device), torch.hub.get_dir())
+    from pyiqa.archs.fid_arch import get_folder_features
     with tempfile.TemporaryDirectory() as folder:
         for i, x in enumerate(images):
             Image.fromarray(to_array(2*x - 1)).save(f"{folder}/{i:06d}.png", compress_level=1)

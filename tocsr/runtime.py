@@ -4,8 +4,10 @@
 
 # %% ../nbs/tools/12_runtime.ipynb #19c9d88d
 from __future__ import annotations
-import ctypes, os, platform, time
+import ctypes, logging, os, platform, time
 import torch
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it comes with pyiqa and warns, when imported, of a kernel that nothing here uses
 
 # %% auto #0
 __all__ = ['ALLOCATOR', 'tune_allocator', 'gemm_rate', 'pick_device']
