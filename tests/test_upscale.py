@@ -126,11 +126,32 @@ def test_a_result_that_was_changed_or_came_from_another_input_is_in_the_way(tmp_
     assert files.finished(jobs, files.Journal(tmp_path/"out"), {}, False) == set(jobs)
 
 
+def process(*args, **kw):
+    "The command in a process of its own."
+    code = "from tocsr.cli import app; app()"
+    return subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, env=os.environ | dict(PYTHONPATH=str(ROOT), PYTHONIOENCODING="utf-8:strict"), **kw)
+
+
 def test_standard_input_and_output(model, tmp_path):
     data = io.BytesIO(); picture().save(data, "JPEG")
-    code = "from tocsr.cli import app; app()"
-    r = subprocess.run([sys.executable, "-c", code, "upscale", "-", "-o", "-", "--model", str(model)], input=data.getvalue(), capture_output=True, env=os.environ | dict(PYTHONPATH=str(ROOT)))
+    r = process("upscale", "-", "-o", "-", "--model", model, input=data.getvalue())
     assert r.returncode == 0 and (im := Image.open(io.BytesIO(r.stdout))).format == "JPEG" and im.size == (64, 48), r.stderr
+    r = process("upscale", "-", "-o", f"{tmp_path}/results/", "--model", model, input=data.getvalue())
+    assert r.returncode == 0 and [f.suffix for f in (tmp_path/"results").iterdir() if f.is_file() and not f.name.startswith(".")] == [".png"], r.stderr
+
+
+def test_a_name_that_is_no_utf8(model, tmp_path):
+    (tmp_path/"in").mkdir()
+    for name in (b"a.png", b"caf\xe9.png", b"z.png"): picture().save(tmp_path/"in"/os.fsdecode(name))
+    for how in ((), ("--json", "--overwrite")):
+        r = process("upscale", tmp_path/"in", "-o", tmp_path/"out", "--model", model, *how)
+        assert r.returncode == 0 and len(list((tmp_path/"out").glob("*.png"))) == 3, r.stderr
+    assert [json.loads(line) for line in r.stdout.splitlines()]
+
+
+def test_results_may_stand_above_the_inputs(model, tmp_path):
+    (tmp_path/"in").mkdir(); picture().save(tmp_path/"in/a.png")
+    assert call("upscale", tmp_path/"in", "-o", tmp_path, "--model", model).exit_code == 0 and Image.open(tmp_path/"a.png").size == (64, 48)
 
 
 @pytest.mark.parametrize("mode, name, back", [("RGB", "a.jpg", "RGB"), ("L", "a.jpg", "L"), ("L", "a.png", "L"), ("1", "a.png", "L"), ("P", "a.png", "RGB"), ("P", "a.gif", "RGB"), ("RGBA", "a.png", "RGBA"), ("LA", "a.png", "LA"),

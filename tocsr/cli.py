@@ -505,7 +505,7 @@ def _draw_strip(file: Path, dataset, models: list, cases: list, dtype: str):
 @app.command("eval")
 def eval_command(
     dataset: Annotated[str, typer.Option(help="Set5, Set14, BSD100, Urban100, degraded, DIV2K-Val, RealSR or DRealSR.")],
-    root: Annotated[Optional[Path], typer.Option(help="Folder with the set; for degraded the one that fetch-photos filled. Default $TOCSR_DATA.")] = None,
+    root: Annotated[Optional[Path], typer.Option(help="Folder with the set; default $TOCSR_DATA. Needed for degraded: the one that fetch-photos filled.")] = None,
     model: Annotated[Optional[list[str]], typer.Option(help="bicubic, span, animevideov3, x4plus, ours, ours_damaged, the folder of a saved pipeline or the file of a regression net; may be repeated. Default: all of these names.")] = None,
     metrics: Annotated[str, typer.Option(help="Names, separated by commas.")] = "psnry,ssim,stlpips,niqe",
     limit: Annotated[Optional[int], typer.Option(min=1, help="The first N images only.")] = None,
@@ -637,6 +637,7 @@ def upscale(
     "Enlarge pictures. Exit code 0: all done, 1: some failed, 2: wrong arguments, 130: interrupted."
     from tocsr import upscale as files
     if as_json and out == "-": raise ChoiceError("--json and -o - both want standard output")
+    for stream in (sys.stdout, sys.stderr): stream.reconfigure(errors="backslashreplace")   # a file's name may be no UTF-8
     try:
         jobs = files.plan(inputs, out, format)
         pipe, call, settings = _prepare(model, device, scale, tile, seed, steps=steps, strength=strength, clean=clean)

@@ -13,6 +13,7 @@ from importlib.resources import files
 from itertools import islice
 from pathlib import Path
 import numpy as np, torch
+from filelock import FileLock
 from PIL import Image, ImageOps
 from tqdm import tqdm
 from .profiles import DataConfig
@@ -201,6 +202,9 @@ def build_index(folder: Path, where: Path, run: int = RUN) -> dict:
     The record holds count, other (files that are no images), dirs and sha256 over the sorted names and sizes.
     """
     where.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{where}.lock"): return _build_index(folder, where, run)   # the processes of a launch come here together
+
+def _build_index(folder: Path, where: Path, run: int) -> dict:
     record = where/"index.json"
     if record.exists() and unchanged(folder, (known := json.loads(record.read_text()))["dirs"]): return known
     for old in (record, *where.glob("*.offsets")): old.unlink(missing_ok=True)

@@ -9,11 +9,12 @@ import json, math
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
+import tocsr.runtime  # tunes the allocator before the first large tensor
+from .store import readable
 from diffusers import AutoencoderKL, AutoencoderTiny, ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTinyOutput
 from diffusers.models.autoencoders.vae import DecoderOutput
-import tocsr.runtime  # tunes the allocator before the first large tensor
 
 # %% auto #0
 __all__ = ['PatchPCA', 'fit_pca', 'ResidualBlock', 'LowResAutoencoder', 'start_from_pca', 'LatentCodec', 'decoder_only',
@@ -137,6 +138,7 @@ _CLASSES = dict(PatchPCA=PatchPCA, LowResAutoencoder=LowResAutoencoder, Autoenco
 def save_module(model: ModelMixin, folder: str | Path) -> Path:
     "Write a diffusers folder (config.json, safetensors) that does not tell from which folder the model was once read."
     model.save_pretrained(folder, safe_serialization=True)
+    for f in Path(folder).glob("*.safetensors"): readable(f)
     config = Path(folder)/"config.json"
     config.write_text(json.dumps({k: v for k, v in json.loads(config.read_text()).items() if k != "_name_or_path"}, indent=2, sort_keys=True) + "\n")
     return Path(folder)

@@ -22,7 +22,7 @@ from .profiles import Profile
 
 # %% auto #0
 __all__ = ['MODULES', 'project_root', 'runs_dir', 'source_hash', 'file_hash', 'config_hash', 'StoreError', 'write_atomic',
-           'write_json', 'save_weights', 'read_weights', 'load_weights', 'world_size', 'rank', 'connect',
+           'write_json', 'readable', 'save_weights', 'read_weights', 'load_weights', 'world_size', 'rank', 'connect',
            'wait_for_all', 'on_main', 'Artifact', 'Run', 'Stage', 'stage', 'get_stage', 'data_hash', 'stage_key',
            'machine', 'need']
 
@@ -149,6 +149,12 @@ def write_json(path: str | Path, value) -> Path:
     return write_atomic(path, json.dumps(value, indent=1, sort_keys=True, default=_plain, ensure_ascii=False) + "\n")
 
 # %% ../nbs/tools/01_store.ipynb #ae8a10bb
+def readable(path: Path) -> Path:
+    "Give a file the rights that `open` would have given it: safetensors writes for the owner alone."
+    mask = os.umask(0); os.umask(mask)
+    path.chmod(0o666 & ~mask)
+    return path
+
 def save_weights(
     path: str | Path,             # ends in .safetensors
     module: torch.nn.Module | dict[str, torch.Tensor],
@@ -162,7 +168,7 @@ def save_weights(
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         save_file({k: cast(v).detach().cpu().contiguous().clone() for k, v in state.items()}, tmp, metadata=metadata or None)
-        os.replace(tmp, path)
+        os.replace(readable(tmp), path)
     finally: tmp.unlink(missing_ok=True)
     return path
 
@@ -170,6 +176,7 @@ def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
     "Tensors of a safetensors file; raises `StoreError` for a missing, truncated or foreign one."
     if not Path(path).is_file(): raise StoreError(f"no weights at {path}")
     try: return load_file(path)
+    except PermissionError as e: raise StoreError(f"{path} may not be read by this user; its owner can change that (chmod)") from e
     except (SafetensorError, OSError) as e: raise StoreError(f"{path} is truncated or not a safetensors file ({e}); delete it and run again") from e
 
 def load_weights(path: str | Path, module: torch.nn.Module) -> torch.nn.Module:

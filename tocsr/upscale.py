@@ -290,7 +290,8 @@ def _found(given: str, out: Path) -> list[tuple[Path, Path]]:
     path = Path(given)
     if path.is_dir():
         below = (p for p in sorted(path.rglob("*")) if p.suffix.lower() in _READ_SUFFIXES and p.is_file() and not any(n.startswith(".") for n in p.relative_to(path).parts))
-        return [(p, p.relative_to(path)) for p in below if out.resolve() not in p.resolve().parents]
+        inside = path.resolve() in out.resolve().parents   # results of an earlier call are no inputs
+        return [(p, p.relative_to(path)) for p in below if not (inside and out.resolve() in p.resolve().parents)]
     if path.exists() or not has_magic(given): return [(path, Path(path.name))]
     return [(Path(p), Path(Path(p).name)) for p in sorted(glob(given, recursive=True)) if Path(p).is_file()]
 
@@ -428,7 +429,7 @@ def upscale_files(
         if job in done: yield Outcome(job.name, str(job.target), "unchanged"); continue
         try:
             out = _one(job, upscale, scale, max_pixels, quality, lambda share: progress(i, share))
-            if journal: journal.add(job.target, job_key(job, settings or {}))
+            if journal and job.source: journal.add(job.target, job_key(job, settings or {}))
             yield out
         except Stopped: raise
         except (ValueError, OSError, RuntimeError, MemoryError) as e:
