@@ -95,7 +95,7 @@ def ddim_sample(
 
 def _ddim_step(sampler: DDIMScheduler, eps: Tensor, t: Tensor, z: Tensor) -> Tensor:
     "diffusers' DDIM update, fed with eps-hat."
-    a, s = signal_noise(sampler, t.reshape(1))
+    a, s = signal_noise(sampler, t.reshape(1).to(z.device))
     out = eps if sampler.config.prediction_type == "epsilon" else (eps - s*z)/a   # v from eps-hat
     return sampler.step(out, t, z).prev_sample
 

@@ -51,14 +51,15 @@ def export_onnx(
 ) -> Path:
     "Write encoder, backbone and decoder as one ONNX file, atomically; raises `OnnxError` without the extra packages."
     if lacking := missing(): raise OnnxError(f"ONNX export needs {', '.join(lacking)}: pip install 'tocsr[onnx]'")
-    g, path = pipe.generator.cpu().eval(), Path(path)
-    args = torch.zeros(1, 3, 2*MULTIPLE, 3*MULTIPLE), torch.zeros(1, g.codec.channels, 2*MULTIPLE//8, 3*MULTIPLE//8)
-    with _quiet(), torch.no_grad():
-        program = torch.onnx.export(g, args, dynamo=True, dynamic_shapes=_dynamic(largest), input_names=["enlarged", "noise"], output_names=["picture"], verbose=False)
-    program.model.metadata_props["tocsr"] = json.dumps(dict(scale=pipe.scale, coarse=pipe.coarse, channels=g.codec.channels, about=pipe.about, trust=g.trust and {k: v.tolist() for k, v in g.trust.state_dict().items()}))
-    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try: program.save(tmp); os.replace(tmp, path)
-    finally: tmp.unlink(missing_ok=True); pipe.to(pipe.device)
+    path, home = Path(path), pipe.device
+    tmp, g = path.with_name(f".{path.name}.{os.getpid()}.tmp"), pipe.generator.cpu().eval()
+    try:
+        args = torch.zeros(1, 3, 2*MULTIPLE, 3*MULTIPLE), torch.zeros(1, g.codec.channels, 2*MULTIPLE//8, 3*MULTIPLE//8)
+        with _quiet(), torch.no_grad():
+            program = torch.onnx.export(g, args, dynamo=True, dynamic_shapes=_dynamic(largest), input_names=["enlarged", "noise"], output_names=["picture"], verbose=False)
+        program.model.metadata_props["tocsr"] = json.dumps(dict(scale=pipe.scale, coarse=pipe.coarse, channels=g.codec.channels, about=pipe.about, trust=g.trust and {k: v.tolist() for k, v in g.trust.state_dict().items()}))
+        program.save(tmp); os.replace(tmp, path)
+    finally: tmp.unlink(missing_ok=True); pipe.to(home)
     return path
 
 # %% ../nbs/tools/19_onnx.ipynb #17a00007
@@ -87,7 +88,7 @@ class OnnxGenerator(nn.Module):
 
     def forward(self, x: Tensor, noise: Tensor) -> Tensor:
         "Upsampled image (1, 3, h, w), noise (1, c, h/8, w/8) -> image (1, 3, h, w), not clipped."
-        return torch.from_numpy(self.session.run(None, dict(enlarged=x.contiguous().numpy(), noise=noise.contiguous().numpy()))[0])
+        return torch.from_numpy(self.session.run(None, dict(enlarged=x.cpu().contiguous().numpy(), noise=noise.cpu().contiguous().numpy()))[0])
 
 def load_onnx(path: str | Path, threads: int | None = None) -> TOCSRPipeline:
     "A pipeline that runs an exported file, on the CPU."
@@ -105,9 +106,9 @@ def check_onnx(
     seed: int = 0,
 ) -> dict[tuple[int, int], float]:  # size -> largest difference
     "Compare an exported file with torch; raises `OnnxError` where they differ by more than `TOLERANCE`."
-    other, g, out = OnnxGenerator(path), torch.Generator().manual_seed(seed), {}
+    other, g, out, dev = OnnxGenerator(path), torch.Generator().manual_seed(seed), {}, next(generator.parameters()).device
     for h, w in sizes:
         x, noise = torch.rand(1, 3, h, w, generator=g)*2 - 1, torch.randn(1, generator.codec.channels, h//8, w//8, generator=g)
-        out[h, w] = (generator(x, noise) - other(x, noise)).abs().max().item()
+        out[h, w] = (generator(x.to(dev), noise.to(dev)).cpu() - other(x, noise)).abs().max().item()
     if bad := {s: d for s, d in out.items() if not d <= TOLERANCE}: raise OnnxError(f"{path} differs from torch by {max(bad.values()):.2g} at {' and '.join(f'{h} x {w}' for h, w in bad)}; the limit is {TOLERANCE}")
     return out

@@ -4,7 +4,7 @@
 
 # %% ../nbs/tools/13_pipeline.ipynb #6a96e68f
 from __future__ import annotations
-import json, logging, re, subprocess, sys, tempfile
+import json, re, subprocess, sys, tempfile
 from collections.abc import Callable
 from contextlib import contextmanager
 from copy import deepcopy
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np, torch
 from PIL import Image
 from torch import Tensor
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it comes with pyiqa and warns, when imported, of a kernel that nothing here uses
+from . import runtime         # before diffusers, which bitsandbytes would warn through
 from diffusers.utils import BaseOutput, logging as diffusers_logging
 from .adapt import start_noise, upsample
 from .complexity import count_macs, count_params
@@ -202,7 +202,8 @@ _OUT = dict(pil=lambda x: Image.fromarray(_to_uint8(x)), np=_to_uint8, pt=lambda
 class TOCSRPipeline:
     "One-step super-resolution. `coarse` says how strictly results agree with an input that is not to be trusted (1: in every LR pixel)."
     def __init__(self, generator: Generator, scale: int = 4, coarse: int = 8, about: dict | None = None):
-        self.generator, self.scale, self.coarse, self.about, self.device = generator.eval(), scale, coarse, about or {}, torch.device("cpu")
+        self.generator, self.scale, self.coarse, self.about = generator.eval(), scale, coarse, about or {}
+        self.device = next((w.device for w in generator.parameters()), torch.device("cpu"))
 
     @property
     def local(self) -> bool:

@@ -10,9 +10,10 @@ from typing import Callable
 import torch
 from torch import nn, Tensor
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
-import tocsr.runtime  # tunes the allocator before the first large tensor
+from .runtime import pick_device  # its import tunes the allocator before the first large tensor
 from .store import connect, on_main, rank, wait_for_all, world_size, write_json
 
 # %% auto #0
@@ -83,6 +84,18 @@ def _share(models: dict[str, nn.Module]):
     if world_size() > 1: _in_place(lambda v: torch.distributed.broadcast(v, 0), [v.data for m in models.values() for v in (*m.parameters(), *m.buffers())])
 
 # %% ../nbs/tools/06_training.ipynb #f2ca9723
+def _accelerator(device: str, mixed_precision: str) -> Accelerator:
+    "One that heeds its arguments: the first of a process fixes device and precision for all later ones."
+    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
+    where = pick_device(device)
+    if where.type == "cuda" and where.index is not None: torch.cuda.set_device(where)
+    return Accelerator(cpu=where.type == "cpu", mixed_precision=mixed_precision)
+
+def _uncast(m: nn.Module) -> nn.Module:
+    "Without the cast of mixed precision around `forward`, which accelerate leaves on a model: what is measured is what is saved."
+    for name in ("forward", "_original_forward"): m.__dict__.pop(name, None)
+    return m
+
 def fit(
     models: dict[str, nn.Module],  # trained together under one optimiser; changed in place
     loss: Callable,               # (step, models) -> scalar Tensor, or dict of scalars whose "loss" is minimised
@@ -102,7 +115,7 @@ def fit(
 ) -> list[dict]:                  # one record per step: step, lr, loss and what else `loss` returned
     "Train `models` for `steps` steps of AdamW, resuming from `scratch`; raises `TrainingError` when the loss is not finite. All processes of a launch call it alike and end with equal weights."
     connect(device)
-    accelerator = Accelerator(cpu=device == "cpu", mixed_precision=mixed_precision)
+    accelerator = _accelerator(device, mixed_precision)
     groups = [dict(params=own, multiple=(rates or {}).get(n, 1.0)) for n, m in models.items() if (own := [p for p in m.parameters() if p.requires_grad])]
     params = [p for g in groups for p in g["params"]]
     optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.99), fused=accelerator.device.type in ("cpu", "cuda"))
@@ -127,7 +140,7 @@ def fit(
     bar.close()
     if average: average.copy_to(params)
     _share(models)
-    for m in models.values(): m.to("cpu").eval()
+    for m in models.values(): _uncast(m).to("cpu").eval()
     accelerator.free_memory()
     on_main(lambda: [shutil.rmtree(old) for old in _checkpoints(scratch)])
     return history
