@@ -439,6 +439,10 @@ def join(*results: dict) -> dict:
 GROUPS = {"degraded": "deg", "Set5": "set5", "Set14": "set14"}
 _UNITS = dict(psnry="dB", seconds="s")
 
+def _command(result: dict) -> str:
+    "What measures it again."
+    return f"tocsr eval --dataset {result['set']}" + " --root PHOTOS"*(result["set"] == DEGRADED) + f" --limit {len(result['images'])}"*(not result["whole"])
+
 def sr_claims(
     results: Sequence[dict],      # of `evaluate` or `join`
     profile: str, scale: str = "nano",
@@ -455,7 +459,7 @@ def sr_claims(
                 text = f"{what}{' per image, CPU, median' if what == 'seconds' else ''} of {r['models'][name]['title']} on {len(r['images'])} images of {r['set']} ({r['degradation']})"
                 ours, spread = (None, None) if isinstance(s, str) else (s["mean"], None if s["low"] is None else (s["low"], s["high"]))
                 out.append(Claim(f"sr.{GROUPS[r['set']]}.{what}_{name}", text, None, ours, spread, _UNITS.get(what, ""), scale, profile, "not attempted" if ours is None else "partial", source,
-                                 f"tocsr eval --dataset {r['set']}", s.removeprefix("not available: ") if isinstance(s, str) else reason))
+                                 _command(r), s.removeprefix("not available: ") if isinstance(s, str) else reason))
     return out
 
 def bars(result: dict, ours: str = "ours") -> list[dict]:
@@ -486,7 +490,7 @@ def bar_claims(result: dict, profile: str, ours: str = "ours", scale: str = "nan
     "A claim `sr.SET.bar_ID` per row of `bars` (for other models than ours: `bar_ID_MODEL`); its reason says whether the bar is met, and what is known if it is not."
     suffix, title = ("", "") if ours == "ours" else (f"_{ours}", f"{result['models'][ours]['title']}: ")
     claim = lambda r, ours, spread, status, reason: Claim(f"sr.{GROUPS[result['set']]}.bar_{r['id']}{suffix}", f"{title}{r['bar']}, {len(result['images'])} images of {result['set']}", None, ours, spread, "", scale, profile, status, source,
-                                                         f"tocsr eval --dataset {result['set']}", reason)
+                                                         _command(result), reason)
     known = lambda r: claim(r, r["value"]["mean"], (r["value"]["low"], r["value"]["high"]), "partial", f"our own bar, not the paper's: at least {r['least']:g}, {'met' if r['met'] == 'yes' else 'not met: ' + WHY_NOT.get(r['id'], 'no reason found yet')}")
     return [claim(r, None, None, "not attempted", r["value"].removeprefix("not available: ")) if r["met"] is None else known(r) for r in bars(result, ours)]
 

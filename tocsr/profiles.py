@@ -142,7 +142,7 @@ class OneStepConfig:
     adversarial: float = 0.02     # weight of the critic's opinion
     decoder: bool = True          # the decoder is trained along
     fusion: int = 4               # residual blocks that see the input past the bottleneck; 0: none, as in the paper
-    ablation: tuple[str, ...] = ("features",)  # parts of our loss that are trained beside it: pixels, decoder, texture, lattice, features, bottleneck, size, matching
+    ablation: tuple[str, ...] = ("features",)  # variants trained beside ours, without a part of it: pixels, decoder, texture, lattice, features, bottleneck, size, matching
     ema: float = 0.99
     shipped: bool = True          # the weights that ship stand beside what is trained here
     baseline_lr: float = 5e-4     # of the equal-cost L1 regression network
@@ -225,7 +225,7 @@ def _smoke() -> Profile:
 
 def _cpu() -> Profile:
     return Profile(
-        "cpu", search=SearchConfig(truth_latents=20), adapt=AdaptConfig(steps=300), onestep=OneStepConfig(lr=1e-3, feature=3.0, ablation=("pixels", "decoder", "features", "matching")),
+        "cpu", teacher=TeacherConfig(joint_steps=100), search=SearchConfig(truth_latents=20), adapt=AdaptConfig(steps=300), onestep=OneStepConfig(lr=1e-3, feature=3.0, ablation=("pixels", "decoder", "features", "matching")),
         study=StudyConfig(steps=128, seeds=3, rank_steps=12))
 
 def _release() -> Profile:

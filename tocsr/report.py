@@ -130,7 +130,7 @@ class Claim:
     claim: str                    # in words
     paper: float | int | str | None
     ours: float | int | str | None
-    spread: float | tuple | None  # standard deviation over seeds, or an interval (low, high)
+    spread: float | tuple | None  # standard error, or an interval (low, high)
     unit: str                     # "dB", "M"; "" for a ratio
     scale: str                    # "nano", "paper (counted)"
     profile: str
@@ -211,7 +211,7 @@ QUESTIONS: tuple[Question, ...] = (
              "4^8 x 6 = 393,216. The related NanoSD's 4^3 x 8^3 = 32,768 would fit the text. We use the space that the surrogates span and state its size."),
     Question("Degradation in training", "Bicubic x3 in the text and in algorithm S3, x4 in every evaluation.", "x4 throughout; the real-world pipeline of Real-ESRGAN, or bicubic by the profile."),
     Question("Cost of the expansion", "A \"0.9x increase\".", "Going from 4 to 16 channels adds 0.008% parameters (859.52 M to 859.59 M, counted)."),
-    Question("FID along the front (table S6)", "Not monotone: 22.9 at 146 M, 22.6 at 130 M.", "We show intervals over seeds with every front."),
+    Question("FID along the front (table S6)", "Not monotone: 22.9 at 146 M, 22.6 at 130 M.", "Where the truth is measured, fronts come with quartiles over seeds; the live search is one seed. FID along it is not attempted."),
     Question("Losses of variants v1 and v3 (table S4)", "Nine times that of v2.", "A linear map could undo the change. We train all at equal budgets, beside a closed-form bridge that starts where the old network stood."),
     Question("Decoder stages", "Printed as RARA.", "SD 1.5 has three pairs in each decoder stage with attention: RARARA."),
     Question("Skip connections of the compact network", "Which skip tensor a decoder stage with one residual block takes is not said.",
