@@ -61,6 +61,14 @@ def test_outputs_show_no_error_and_no_folder_of_a_machine(path):
             assert not MACHINE.search(json.dumps(text)), f"in the output of: {source(c)[:80]}"
 
 
+@pytest.mark.parametrize("path", [*STAGES, ROOT/"nbs/08_try_it.ipynb"], ids=lambda p: p.stem)
+def test_every_figure_is_shown(path):
+    "pyplot's own display stops after the first figure drawn in a style's context; a cell shows what it draws by its last line."
+    drawing = [c for c in cells(path) if re.search(r"^[^#'\"]*\b(save_figure|as_png|as_jpeg|show)\(", source(c), re.M) and "#| export" not in source(c)]
+    assert drawing, "a notebook with outputs"
+    for c in drawing: assert any(k.startswith("image/") for o in c["outputs"] for k in o.get("data", {})), source(c)
+
+
 def test_the_pattern_finds_folders_of_a_machine():
     assert all(map(MACHINE.search, ("saved in /tmp/abc", '"/home/me/x"', "/root/.venv/lib"))) and not any(map(MACHINE.search, ("runs/tmp/x", "~/work/x", "a/home/b")))
 

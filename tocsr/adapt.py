@@ -102,7 +102,7 @@ def make_pairs(
     codec: LatentCodec,
     photos: Photos,               # of one split
     count: int,
-    degradation: str,             # "realesrgan" or "bicubic"
+    degradation: str,             # "realesrgan", "bicubic" or "mixed"
     patch: int = 128,             # HR side in pixels
     scale: int = 4,
     seed: int = 0,
@@ -213,6 +213,7 @@ def save_model(folder: Path, model: SRModel) -> Path:
     "Folder with unet/ (configuration, architecture, safetensors), scheduler/ and, for a residual, gain.safetensors."
     save_network(Path(folder)/"unet", model.unet if isinstance(model.unet, StagedUNet) else cut(model.unet))
     model.schedule.save_pretrained(Path(folder)/"scheduler")
+    (Path(folder)/"gain.safetensors").unlink(missing_ok=True)
     if model.gain is not None: save_weights(Path(folder)/"gain.safetensors", dict(gain=model.gain))
     return Path(folder)
 

@@ -71,6 +71,7 @@ def train_autoencoder(
         x = photos.crops(cfg.batch, data.patch, step_generator(data.seed, step)).to(next(codec.parameters()).device)
         return vae_loss(codec, teacher.to(x.device), x, cfg.lam_lat, cfg.lam_rec)
     curve = _fit_codec(codec, loss, cfg.steps, cfg.lr, Path(scratch)/"both", log, device)
+    teacher.to("cpu")
     return curve + train_decoder(codec, photos, cfg, Path(scratch)/"decoder", data, log, device)
 
 def train_decoder(codec: LatentCodec, photos: Photos, cfg: AutoencoderConfig, scratch: Path, data: DataConfig = DataConfig(), log=None, device: str = "auto") -> list[dict]:
@@ -205,7 +206,7 @@ def timestep_weights(kind: str, schedule: DDPMScheduler, bank: "LatentBank") -> 
     if kind == "epsilon": return torch.ones(schedule.config.num_train_timesteps)
     if kind != "linear": raise ValueError(f"weighting {kind!r}: choose 'epsilon' or 'linear'")
     lam = LinearDenoiser.fit(crop_batches(bank, 4, 4096)).variance
-    abar = schedule.alphas_cumprod[:, None]
+    abar = schedule.alphas_cumprod.cpu()[:, None]   # a scheduler leaves its table where it was last used
     error = (abar*lam/(abar*lam + 1 - abar)).mean(1)
     return (1/error)/(1/error).mean()
 
@@ -248,17 +249,20 @@ def train_jointly(
     scratch: Path,
     lam_vae: float,
     log=None,
-) -> list[dict]:                  # loss, diff, vae, var (mean latent variance) per step
+) -> list[dict]:                  # loss, diff, vae, rec (L1), var (latent variance over the starting encoder's on the same crops) per step
     "Algorithm S2's last line: UNet and autoencoder together under the diffusion objective."
-    cfg, ae = p.teacher, p.autoencoder
+    cfg, ae, start = p.teacher, p.autoencoder, deepcopy(codec)
     def loss(step, models):
         g, dev = step_generator(p.seed + 7, step), next(unet.parameters()).device
         x = photos.crops(max(2, cfg.batch//4), p.data.patch, g).to(dev)
         z0 = codec.encode(x)
         t, noise = torch.randint(1000, (len(x),), generator=g).to(dev), torch.randn(z0.shape, generator=g).to(dev)
-        diff, vae = diffusion_loss(models["unet"], z0, t, noise, schedule), vae_loss(codec, teacher.to(dev), x, ae.lam_lat, ae.lam_rec)["loss"]
-        return dict(loss=diff + lam_vae*vae, diff=diff, vae=vae, var=z0.var((0, 2, 3)).mean())
-    return fit(dict(unet=unet, codec=codec), loss, cfg.joint_steps, cfg.lr/5, scratch, warmup=min(10, cfg.joint_steps//4), log=log, device=p.device)
+        with torch.no_grad(): before = start.to(dev).encode(x)
+        diff, vae = diffusion_loss(models["unet"], z0, t, noise, schedule), vae_loss(codec, teacher.to(dev), x, ae.lam_lat, ae.lam_rec)
+        return dict(loss=diff + lam_vae*vae["loss"], diff=diff, vae=vae["loss"], rec=vae["rec"], var=z0.var((0, 2, 3)).mean()/before.var((0, 2, 3)).mean())
+    curve = fit(dict(unet=unet, codec=codec), loss, cfg.joint_steps, cfg.lr/5, scratch, warmup=min(10, cfg.joint_steps//4), log=log, device=p.device)
+    teacher.to("cpu")
+    return curve
 
 # %% ../nbs/01_expansion.ipynb #715e1673
 def shipped(name: str) -> Path:
@@ -384,7 +388,7 @@ def joint_phase(run: Run, unet, codec, teacher: LatentCodec, photos: Photos, sch
     for name, lam in (("epsilon_only", 0.), ("with_vae", p.teacher.lam_vae)):
         u, c = deepcopy(unet), deepcopy(codec)
         curve = train_jointly(u, c, teacher, photos, schedule, p, run.scratch/name, lam, run.log)
-        out[name] = {k: [h[k] for h in curve] for k in ("diff", "vae", "var")}
+        out[name] = {k: [h[k] for h in curve] for k in ("diff", "vae", "rec", "var")}
     return Teacher(u, schedule, c), out
 
 # %% ../nbs/01_expansion.ipynb #5461376e

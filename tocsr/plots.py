@@ -14,6 +14,7 @@ import matplotlib.pyplot as plt
 from matplotlib.patches import Rectangle
 import numpy as np
 import torch
+from PIL import Image
 from . import __version__
 from .images import to_array
 from .profiles import Profile
@@ -21,8 +22,8 @@ from .store import Artifact, file_hash, machine, project_root, runs_dir, source_
 
 # %% auto #0
 __all__ = ['PALETTE', 'OURS', 'PAPER', 'MARK', 'COMMITTED', 'PACKAGES', 'style', 'as_drawn', 'image_grid', 'zoom_panels',
-           'figures_dir', 'scale_of', 'provenance', 'stamp', 'figure_bytes', 'save_figure', 'Jpeg', 'as_jpeg',
-           'markdown_table', 'csv_table', 'save_table']
+           'figures_dir', 'scale_of', 'provenance', 'stamp', 'figure_bytes', 'save_figure', 'Picture', 'as_jpeg',
+           'as_png', 'markdown_table', 'csv_table', 'save_table']
 
 # %% ../nbs/tools/09_plots.ipynb #fcaa92a4
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#56B4E9", "#CC79A7", "#000000", "#D55E00")
@@ -166,17 +167,25 @@ def save_figure(
     return _side_file(name, Path(out_dir), record, files)
 
 # %% ../nbs/tools/09_plots.ipynb #67b70002
-class Jpeg:
-    "JPEG bytes that a notebook shows as a picture."
-    def __init__(self, data: bytes): self.data = data
-    def __repr__(self) -> str: return f"JPEG of {len(self.data)} bytes"
-    def _repr_jpeg_(self) -> bytes: return self.data
+class Picture:
+    "A PNG or JPEG file's bytes, which a notebook shows as a picture."
+    def __init__(self, data: bytes, kind: str): self.data, self.kind = data, kind
+    def __repr__(self) -> str: return f"{self.kind.upper()} of {len(self.data)} bytes"
+    def _repr_png_(self) -> bytes | None: return self.data if self.kind == "png" else None
+    def _repr_jpeg_(self) -> bytes | None: return self.data if self.kind == "jpeg" else None
 
-def as_jpeg(fig: plt.Figure, quality: int = 88) -> Jpeg:
-    "`fig` as a notebook's output, closed."
+def as_jpeg(fig: plt.Figure, quality: int = 88) -> Picture:
+    "A figure of photographs as a notebook's output, closed."
     data = figure_bytes(fig, "jpeg", dpi=fig.dpi, pil_kwargs=dict(quality=quality))
     plt.close(fig)
-    return Jpeg(data)
+    return Picture(data, "jpeg")
+
+def as_png(fig: plt.Figure, colors: int = 128) -> Picture:
+    "A figure of lines and letters as a notebook's output, closed; a palette takes a third of the bytes or less."
+    out = io.BytesIO()
+    Image.open(io.BytesIO(figure_bytes(fig, "png", dpi=fig.dpi))).convert("RGB").quantize(colors, dither=Image.Dither.NONE).save(out, "png", optimize=True)
+    plt.close(fig)
+    return Picture(out.getvalue(), "png")
 
 # %% ../nbs/tools/09_plots.ipynb #b1bef688
 def _cell(value, digits: int, notes: list[str]) -> str:

@@ -557,6 +557,7 @@ def distill(
 ) -> Tensor:                      # (steps, surrogates): losses
     "FwKD, eq. 8: all surrogates of all stages from one teacher pass per step; resumes from `scratch`; raises `TrainingError` naming surrogate and step."
     names, saved, path = [f"{s} {n}" for s, n, _ in library], time.monotonic(), Path(scratch)/"fwkd.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
     params = [p for _, _, m in library for p in m.requires_grad_(True).train().parameters()]
     optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=0.0, betas=(0.9, 0.99), fused=params[0].device.type in ("cpu", "cuda"))
     autocast = lambda: torch.autocast(params[0].device.type, torch.bfloat16, enabled=mixed_precision == "bf16")
@@ -828,7 +829,7 @@ def run_surrogates(run: Run) -> dict:
     train = lambda lib, scratch: distill_shared(teacher, lib, lambda i: batch(calib, i)[1], cfg.steps, cfg.lr, scratch, warmup=cfg.steps//20, mixed_precision=p.mixed_precision, log=run.log)
     losses = train(library, run.scratch)
     save_library(run.dir, library, teacher)
-    random = _record(fresh, train(fresh, run.scratch)) if len(fresh) else None
+    random = _record(fresh, train(fresh, run.scratch/"random")) if len(fresh) else None
     write_json(run.dir/"losses.json", _record(library, losses) | dict(random=random))
     rows = measure_stages(teacher, library, [batch(held, i, stream=1)[1] for i in range(cfg.eval_batches)])
     latents = torch.cat([batch(calib, i, stream=2)[0] for i in range(cfg.eval_batches)])
