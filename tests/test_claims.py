@@ -1,0 +1,207 @@
+"The paper's numbers, the claims of the last run, and the README that quotes them."
+
+import json
+import math
+import re
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from tocsr.evaluation import claims as R
+from tocsr.evaluation import reported as P
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def claim():
+    return R.Claim(
+        id="vae.psnr_16ch",
+        claim="round trip",
+        paper=29.0284,
+        ours=29.14,
+        spread=(28.6, 29.7),
+        unit="dB",
+        scale="nano",
+        profile="cpu",
+        status="partial",
+        source="nbs/01_expansion.ipynb",
+        command="make reproduce",
+        reason="other photographs",
+    )
+
+
+def test_the_committed_claims_hold_together():
+    claims = R.read_claims(ROOT / "paper_figures/claims.json")
+    assert not R.REQUIRED_CLAIMS - {c.id for c in claims}
+
+
+def test_the_readme_says_what_the_claims_say():
+    readme = (ROOT / "README.md").read_text()
+    claims = R.read_claims(ROOT / "paper_figures/claims.json")
+    assert len(R.find_marks(readme)) >= 3
+    assert R.find_readme_drift(readme, claims) == []
+
+
+def test_the_headline_ratios_follow_from_the_tables():
+    full = P.reported_value("table_s4", "v2", "params M")
+    compact = P.reported_value("table_1", "TOC-SR", "params M")
+    assert round(full / compact, 1) == P.reported_value("abstract", "parameters", "factor") == 6.6
+    assert (
+        P.reported_value("table_s7", "130 M, 4ch", "MACs G") == 1871
+        and P.reported_value("table_3", "130 M, 4ch", "steps") == 1
+    )
+    assert (
+        "MACs G" not in P.find_reported_table("table_3").columns
+    )  # the paper prints them in S7 only
+
+
+def test_values_marked_best_in_the_paper_are_best_in_our_copy():
+    rows = P.reported_rows("table_1")
+    assert (
+        min(rows, key=lambda r: r["LPIPS"])["method"]
+        == max(rows, key=lambda r: r["MUSIQ"])["method"]
+        == "TOC-SR"
+    )
+    rows = [r for r in P.reported_rows("table_2") if r["DRealSR PSNR"] != "not reported"]
+    assert (
+        max(rows, key=lambda r: r["DRealSR PSNR"])["method"]
+        == max(rows, key=lambda r: r["RealSR MUSIQ"])["method"]
+        == "TOC-SR"
+    )
+
+
+def test_reported_and_measured_rows_stay_apart():
+    rows = P.merge_with_reported(
+        "table_1", [{"method": "bicubic", "PSNR": 25.0}], "measured (profile cpu, nano scale)"
+    )
+    assert [r["source"] for r in rows[:-1]] == [
+        "reported (arXiv 2605.02767, table 1)"
+    ] * 12 and rows[-1]["source"].startswith("measured")
+    assert rows[-1]["LPIPS"] is None and all(list(r) == list(rows[0]) for r in rows)
+
+
+@pytest.mark.parametrize(
+    "call",
+    (
+        lambda: P.reported_value("table_9", "a", "b"),
+        lambda: P.reported_value("table_1", "TOC", "PSNR"),
+        lambda: P.reported_value("table_1", "TOC-SR", "psnr"),
+        lambda: P.reported_value("table_1", "TOC-SR", "method"),
+    ),
+)
+def test_unknown_reported_values_are_errors_that_list_the_known(call):
+    with pytest.raises(P.ReportedError, match="table_1|TOC-SR|PSNR"):
+        call()
+
+
+@pytest.mark.parametrize(
+    "change, word",
+    (
+        (dict(status="done"), "reproduced, partial"),
+        (dict(id="psnr"), "group.name"),
+        (dict(ours=math.inf), "finite"),
+        (dict(spread=math.nan), "finite"),
+        (dict(spread=(2, 1)), "low, high"),
+        (dict(spread=(1, 2, 3)), "low, high"),
+        (dict(reason=""), "without a reason"),
+        (dict(ours=None), "without a value"),
+        (dict(status="contradicts", reason=""), "without a reason"),
+        (dict(status="not attempted"), "not attempted"),
+    ),
+)
+def test_a_claim_that_does_not_hold_together_is_an_error(claim, change, word):
+    with pytest.raises(R.ClaimError, match=word):
+        replace(claim, **change)
+
+
+def test_claims_survive_a_round_trip_and_are_sorted(claim, tmp_path):
+    claims = [
+        claim,
+        replace(claim, id="a.b", spread=0.25),
+        replace(claim, id="a.a", ours=None, spread=None, status="not attempted"),
+    ]
+    path = R.write_claims(claims, tmp_path / "claims.json")
+    assert R.read_claims(path) == sorted(claims, key=lambda c: c.id)
+    assert [set(e) for e in json.loads(path.read_text())] == [set(asdict(claim))] * 3
+    with pytest.raises(R.ClaimError, match="a.b"):
+        R.write_claims([*claims, claims[1]], path)
+    assert len(R.read_claims(path)) == 3 and [p.name for p in tmp_path.iterdir()] == ["claims.json"]
+
+
+@pytest.mark.parametrize(
+    "text, word", (("[{", "damaged"), ("[1]", "exactly"), ('[{"id": "a.b"}]', "exactly"))
+)
+def test_a_damaged_claims_file_is_an_error(tmp_path, text, word):
+    (tmp_path / "claims.json").write_text(text)
+    with pytest.raises(R.ClaimError, match=word):
+        R.read_claims(tmp_path / "claims.json")
+    with pytest.raises(R.ClaimError, match="make reproduce"):
+        R.read_claims(tmp_path / "none.json")
+
+
+def test_drift_is_found_and_repaired(claim):
+    readme = (
+        "It reaches <!-- claim:vae.psnr_16ch -->29.14 dB<!-- /claim -->, the paper "
+        "<!-- claim:vae.psnr_16ch paper .1f -->29.0 dB<!-- /claim -->."
+    )
+    assert R.find_readme_drift(readme, [claim]) == []
+    moved = [replace(claim, ours=28.0)]
+    assert R.find_readme_drift(readme, moved) == [
+        "vae.psnr_16ch: the README says '29.14 dB', claims.json '28 dB'"
+    ]
+    assert R.find_readme_drift(R.render_readme(readme, moved), moved) == []
+    assert R.render_readme("no marks", moved) == "no marks"
+
+
+@pytest.mark.parametrize(
+    "readme",
+    (
+        "<!-- claim:vae.psnr_16ch -->1",
+        "<!-- claim:vae.psnr_16ch mine -->1<!-- /claim -->",
+        "<!-- claim:x.y -->1<!-- /claim -->",
+        "1<!-- /claim -->",
+    ),
+)
+def test_broken_marks_are_errors(claim, readme):
+    with pytest.raises(R.ClaimError):
+        R.render_readme(readme, [claim])
+    with pytest.raises(R.ClaimError):
+        R.find_readme_drift(readme, [claim])
+
+
+def test_ambiguities_render_as_a_table():
+    lines = P.ambiguities_markdown().splitlines()
+    assert len(lines) == len(P.AMBIGUITIES) + 2
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {4}
+    text = " ".join(lines)
+    for fact in (
+        "273 G",
+        "393,216",
+        "0.008%",
+        "12/16 = 0.75",
+        "z_h",
+        "65 K",
+        "0.9188",
+        "fewest parameters",
+        "Acquisition",
+        "2.91x",
+    ):
+        assert fact in text, fact
+
+
+def test_the_floor_of_variants_v1_and_v3_is_below_what_the_paper_prints():
+    floor = 12 / 16  # 4 of 16 dimensions of white noise pass
+    for variant in ("v1", "v3"):
+        assert floor < P.reported_value("table_s4", variant, "loss") < floor + 0.02
+    assert P.reported_value("table_s4", "v2", "loss") < floor / 8
+
+
+def test_a_contradiction_is_a_status(claim):
+    row = R.claims_table([replace(claim, status="contradicts")])[0]
+    assert (
+        row["status"] == "contradicts"
+        and row["paper"] == "29.0284 dB"
+        and row["ours"] == "29.14 [28.6, 29.7] dB"
+    )
