@@ -1,18 +1,23 @@
-"What every notebook promises: a title, parameters that papermill finds, outputs that are fit to publish."
+"What every notebook promises: a title, parameters that papermill finds, outputs fit to publish."
+
 import ast
 import json
 import re
-import shutil
-import subprocess
-import sys
 from pathlib import Path
+
 import pytest
-from tocsr.cli import MAX_BYTES, stage_notebooks
-from tocsr.profiles import PROFILES
+
+from tocsr.cli.reproduce import MAX_BYTES, stage_notebooks
+from tocsr.core.config import PROFILES
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = stage_notebooks(ROOT)
-ALL = sorted(p for p in (ROOT/"nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+CHECKPOINTS = ".ipynb_checkpoints"
+ALL = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if CHECKPOINTS not in p.parts)
+NUMBERED = sorted((ROOT / "nbs").glob("*.ipynb"))
+every_notebook = pytest.mark.parametrize("path", ALL, ids=lambda p: p.stem)
+MACHINE = re.compile(r"(?<![\w.~])/(?:home|root|Users|work|tmp|private|mnt|opt|var/folders)/[\w.]")
+FIGURE = re.compile(r"^[^#'\"]*\b(save_figure|as_png|as_jpeg|show)\(", re.M)
 
 
 def cells(path):
@@ -27,65 +32,87 @@ def parameters(path):
     return [c for c in cells(path) if "parameters" in c["metadata"].get("tags", [])]
 
 
-def test_seven_stages():
-    assert [p.name[:2] for p in STAGES] == [f"{i:02d}" for i in range(1, 8)]
+def exported_modules(path):
+    "Modules that a notebook writes: its own one, then those it adds cells to."
+    text = "\n".join(source(c) for c in cells(path) if c["cell_type"] == "code")
+    own = re.findall(r"^#\| *default_exp +([\w.]+)", text, re.M)
+    return own, re.findall(r"^#\| *exports?i? +([\w.]+)", text, re.M)
 
 
-@pytest.mark.parametrize("path", ALL, ids=lambda p: p.stem)
+def test_stages_are_numbered_in_order():
+    numbers = [p.name.split("_")[0] for p in STAGES]  # 03b follows 03
+    assert numbers == sorted(set(numbers)) and set(STAGES) <= set(NUMBERED)
+
+
+@every_notebook
 def test_title_and_subtitle_come_first(path):
-    lines = [line for line in source(cells(path)[0]).splitlines() if line.strip()]
-    assert cells(path)[0]["cell_type"] == "markdown" and re.match(r"# \S", lines[0]) and re.match(r"> \S", lines[1])
+    first = cells(path)[0]
+    lines = [line for line in source(first).splitlines() if line.strip()]
+    assert first["cell_type"] == "markdown"
+    assert re.match(r"# \S", lines[0]) and re.match(r"> \S", lines[1])
     assert not lines[2:] or not lines[2].startswith(">"), "the subtitle is one line"
 
 
-@pytest.mark.parametrize("path", ALL, ids=lambda p: p.stem)
+@every_notebook
 def test_size_metadata_and_flags(path):
     assert path.stat().st_size <= MAX_BYTES
     for c in cells(path):
         assert set(c["metadata"]) <= {"tags"}, f"metadata {set(c['metadata'])}"
         if c["cell_type"] == "code":
             text = source(c)
-            assert "#| export" not in text or text.startswith("#| export"), "the directive must be the first line"
+            first = text.startswith("#| export")
+            assert first or "#| export" not in text, "the directive must be the first line"
             assert not re.search(r"^\s*[%!]\w", text, re.M), "magics do not survive the export"
 
 
-MACHINE = re.compile(r"(?<![\w.~])/(?:home|root|Users|work|tmp|private|mnt|opt|var/folders)/[\w.]")
-
-
-@pytest.mark.parametrize("path", ALL, ids=lambda p: p.stem)
+@every_notebook
 def test_outputs_show_no_error_and_no_folder_of_a_machine(path):
     for c in cells(path):
         for o in c.get("outputs", []):
             assert o["output_type"] != "error" and o.get("name") != "stderr"
-            text = {k: v for k, v in o.get("data", {}).items() if not k.startswith("image/png")} or o.get("text", "")
-            assert not MACHINE.search(json.dumps(text)), f"in the output of: {source(c)[:80]}"
-
-
-@pytest.mark.parametrize("path", [*STAGES, ROOT/"nbs/08_try_it.ipynb"], ids=lambda p: p.stem)
-def test_every_figure_is_shown(path):
-    "pyplot's own display stops after the first figure drawn in a style's context; a cell shows what it draws by its last line."
-    drawing = [c for c in cells(path) if re.search(r"^[^#'\"]*\b(save_figure|as_png|as_jpeg|show)\(", source(c), re.M) and "#| export" not in source(c)]
-    assert drawing, "a notebook with outputs"
-    for c in drawing: assert any(k.startswith("image/") for o in c["outputs"] for k in o.get("data", {})), source(c)
+            data = {k: v for k, v in o.get("data", {}).items() if not k.startswith("image/png")}
+            text = json.dumps(data or o.get("text", ""))
+            assert not MACHINE.search(text), f"in the output of: {source(c)[:80]}"
 
 
 def test_the_pattern_finds_folders_of_a_machine():
-    assert all(map(MACHINE.search, ("saved in /tmp/abc", '"/home/me/x"', "/root/.venv/lib"))) and not any(map(MACHINE.search, ("runs/tmp/x", "~/work/x", "a/home/b")))
+    assert all(map(MACHINE.search, ("saved in /tmp/abc", '"/home/me/x"', "/root/.venv/lib")))
+    assert not any(map(MACHINE.search, ("runs/tmp/x", "~/work/x", "a/home/b")))
+
+
+@pytest.mark.parametrize("path", NUMBERED, ids=lambda p: p.stem)
+def test_every_figure_is_shown(path):
+    "In a style's context pyplot displays one figure only: a cell shows what its last line returns."
+    drawing = [c for c in cells(path) if FIGURE.search(source(c))]
+    for c in (c for c in drawing if "#| export" not in source(c)):
+        kinds = [k for o in c["outputs"] for k in o.get("data", {})]
+        assert any(k.startswith("image/") for k in kinds), source(c)
 
 
 @pytest.mark.parametrize("path", STAGES, ids=lambda p: p.stem)
 def test_parameters_cell(path):
-    found = parameters(path)
-    assert len(found) == 1 and not source(found[0]).startswith("#|"), "one cell tagged parameters, without a directive"
-    tree = ast.parse(source(found[0])).body
-    assert {n.targets[0].id: ast.literal_eval(n.value) for n in tree} == dict(profile="", data_dir="", force=False)
-    assert all("#" in line for line in source(found[0]).splitlines() if line.strip()), "each parameter is explained beside it"
-    for name in PROFILES: assert re.search(rf"\b{name}\b", source(found[0])), f"the comment does not name profile {name}"
+    (cell,) = parameters(path)
+    text = source(cell)
+    assert not text.startswith("#|"), "the cell has no directive"
+    values = {n.targets[0].id: ast.literal_eval(n.value) for n in ast.parse(text).body}
+    assert values == dict(profile="", data_dir="", force=False)
+    for line in filter(str.strip, text.splitlines()):
+        assert "#" in line, "each parameter has a comment"
+    for name in PROFILES:
+        assert re.search(rf"\b{name}\b", text), f"the comment does not name profile {name}"
 
 
-def test_cleaning_keeps_tags_and_changes_no_byte(tmp_path):
-    shutil.copy(ROOT/"settings.ini", tmp_path)
-    shutil.copytree(ROOT/"nbs", tmp_path/"nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
-    subprocess.run([Path(sys.executable).with_name("nbdev_clean")], cwd=tmp_path, check=True, capture_output=True)
-    for p in ALL: assert (tmp_path/p.relative_to(ROOT)).read_bytes() == p.read_bytes(), f"run nbdev_clean: {p.name}"
-    assert all(len(parameters(tmp_path/p.relative_to(ROOT))) == 1 for p in STAGES)
+def test_every_module_has_one_notebook_that_nbdev_exports_first():
+    "nbdev exports by file name: what a notebook adds to a module not yet written would be lost."
+    owner = {}
+    for p in ALL:
+        for module in exported_modules(p)[0]:
+            assert module not in owner, f"{p.name} and {owner[module].name} write {module}"
+            owner[module] = p
+    for p in ALL:
+        for module in exported_modules(p)[1]:
+            assert owner[module].name < p.name, f"{p.name} is exported before {module}"
+    library = ROOT / "tocsr"
+    files = (p.relative_to(library).with_suffix("") for p in library.rglob("[!_]*.py"))
+    modules = {".".join(f.parts) for f in files if f.parts[0] != "weights"}
+    assert modules == set(owner), "a module whose notebook is gone, or one that was not exported"
