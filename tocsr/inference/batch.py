@@ -170,7 +170,7 @@ class ResultLog:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.log = AppendOnlyLog(folder / LOG_NAME, skip_damaged=True, sync=False)
+        self.log = AppendOnlyLog(folder / LOG_NAME, skip_unreadable=True, sync=False)
         self.rows = {}  # file -> (key, hash of its content)
         for record in self.log.records:
             if isinstance(record, dict) and isinstance(record.get("file"), str):
