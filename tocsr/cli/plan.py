@@ -24,7 +24,6 @@ from ..models.diffusion import unet_config
 from ..models.staged_unet import StagedUNet, capture_stage_io, split_into_stages
 from ..models.surrogates import SurrogateLibrary, assemble, build_library, stage_options
 from ..search.tabular import parse_subspace
-from ..stages.feature_distillation import assign_to_ranks
 
 # %% auto #0
 __all__ = ['TRAINING_BYTES', 'EMA_BYTES', 'WEIGHT_BYTES', 'activation_bytes', 'Part', 'compact_network', 'count_parts',
@@ -406,6 +405,8 @@ def _search_work(
     p: Profile, parts: dict[str, Part], library: SurrogateLibrary, *, gpus: int, subspace: int
 ) -> Iterator[_Work]:
     "Stages `surrogates`, `tabular` and `search`; the library is divided among the processes."
+    from tocsr.stages.feature_distillation import assign_to_ranks  # needs the extra `train`
+
     teacher = parts["teacher"]
     surrogates = [parts[f"{stage} {design}"] for stage, design, _ in library]
     ranks = assign_to_ranks(library, min(gpus, len(library)))

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from ..core.config import OneStepConfig
 from ..core.image import upsample
 from ..core.store import TrainOptions
-from ..core.training import fit, step_generator
 from .autoencoder import ResidualBlock
 from .complexity import count_macs
 
@@ -69,6 +68,7 @@ def train_regression(
     options: TrainOptions,
 ) -> list[dict]:  # loss of every step
     "Minimize |net(x_l) - x_h|_1 on the students' pairs."
+    from tocsr.core.training import fit, step_generator  # upscaling needs no training library
 
     def make_batch(step):
         generator = step_generator(options.seed, step)
