@@ -25,8 +25,8 @@ from ..models.complexity import count_macs, count_params, sd15_unet, unet_inputs
 from ..models.surrogates import paper_readings
 
 # %% auto #0
-__all__ = ['count_networks', 'find_reading', 'count_tiny_autoencoder', 'counts_table', 'counted_claims', 'onestep_claims',
-           'ablation_claims', 'describe_search_claims', 'described_claims', 'speed_claim']
+__all__ = ['count_networks', 'find_reading', 'count_tiny_autoencoder', 'counts_table', 'describe_search_claims',
+           'described_claims', 'speed_claim']
 
 # %% ../../nbs/tools/518_paper_claims.ipynb #7f031939
 @cache
