@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tocsr.evaluation import claims as R
+from tocsr.evaluation import paper_claims
 from tocsr.evaluation import reported as P
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,6 +36,21 @@ def claim():
 def test_the_committed_claims_hold_together():
     claims = R.read_claims(ROOT / "paper_figures/claims.json")
     assert not R.REQUIRED_CLAIMS - {c.id for c in claims}
+
+
+def test_claims_without_a_stage_are_recomputed_from_files(tmp_path, claim):
+    for name in ("peers_set5.json", "tocsr_set5.json"):
+        (tmp_path / name).write_text((ROOT / "paper_figures" / name).read_text())
+    outdated = replace(claim, id="sr.set5.psnry_removed")
+    R.write_claims([claim, outdated], tmp_path / "claims.json")
+    found = {c.id: c for c in paper_claims.refresh_claims(tmp_path)}
+    assert found[claim.id] == claim and outdated.id not in found
+    assert found["count.table1_gmacs"].ours == pytest.approx(273.0, abs=0.05)
+    assert found["count.table1_gmacs"].paper == 273
+    assert found["sr.set5.psnry_bicubic"].ours == pytest.approx(28.43, abs=0.01)
+    assert found["sr.tile_seam"].status == "not attempted"
+    committed = {c.id: c for c in R.read_claims(ROOT / "paper_figures/claims.json")}
+    assert all(committed[i].ours == pytest.approx(c.ours) for i, c in found.items() if "set5" in i)
 
 
 def test_the_readme_says_what_the_claims_say():

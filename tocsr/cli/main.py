@@ -440,8 +440,9 @@ TestSetRoot = Annotated[
 Methods = Annotated[
     list[str] | None,
     typer.Option(
-        help="bicubic, span, animevideov3, x4plus, tocsr, the folder of a saved pipeline or the "
-        "file of a regression network; may be repeated; default: all five."
+        help="bicubic, span, animevideov3, x4plus, general, general_wdn, tocsr, tocsr_weak, "
+        "the folder of a saved pipeline or the file of a regression network; may be "
+        "repeated; default: every named method."
     ),
 ]
 MetricNames = Annotated[str, typer.Option(help="Names of metrics, separated by commas.")]

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from difflib import get_close_matches
 from pathlib import Path
 
 from ..core.files import write_json
@@ -172,8 +173,8 @@ def find_marks(text: str) -> list[re.Match]:
 def _fill_mark(mark: re.Match, claims: dict[str, Claim]) -> str:
     "What belongs between the marks."
     if mark["id"] not in claims:
-        known = ", ".join(sorted(claims))
-        raise ClaimError(f"the README names the claim {mark['id']!r}; there are {known}")
+        near = ", ".join(get_close_matches(mark["id"], claims)) or "none"
+        raise ClaimError(f"the README names an unknown claim {mark['id']!r}; similar ids: {near}")
     c = claims[mark["id"]]
     return format_value(getattr(c, mark["field"] or "ours"), c.unit, mark["form"] or ".4g")
 

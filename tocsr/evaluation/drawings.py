@@ -133,7 +133,7 @@ def _draw_skip(
 
 def draw_architecture(
     options: dict[str, str],  # stage -> design or "none", in order of computation
-    params: dict[str, int] | None = None,  # stage -> parameters, written beside it
+    params: dict[str, int] | None = None,  # stage -> parameters, written next to it
     title: str = "",
 ) -> plt.Figure:
     "Draw figure S5: the UNet of an architecture vector; removed stages are dashed."

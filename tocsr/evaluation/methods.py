@@ -30,12 +30,14 @@ from tocsr.evaluation.baselines import (
 from .test_sets import EVAL_SCALE, EvalError
 
 # %% auto #0
-__all__ = ['RELEASED', 'NAMED_METHODS', 'SR_METHODS', 'DTYPES', 'SRMethod', 'open_method']
+__all__ = ['open_method']
 
 # %% ../../nbs/tools/508_methods.ipynb #29fb9826
 RELEASED = "tocsr"  # the released model
-NAMED_METHODS = ("bicubic", *BASELINES, RELEASED)  # that have a name of their own
-SR_METHODS = ("bicubic", *BASELINES, "l1", "paper", RELEASED)  # in the tables' order
+RELEASED_WEAK = "tocsr_weak"  # the same with weak consistency
+WEAK_CONSISTENCY = 8  # consistency factor
+NAMED_METHODS = ("bicubic", *BASELINES, RELEASED)  # the default of `tocsr eval`
+SR_METHODS = ("bicubic", *BASELINES, "l1", "paper", RELEASED_WEAK, RELEASED)  # in tables
 DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16)
 
 
@@ -62,14 +64,20 @@ def _load_bicubic(threads: int, dtype: str) -> Callable:
     return upscale
 
 
-def _load_pipeline(threads: int, dtype: str, *, folder: Path) -> Callable:
+def _load_pipeline(
+    threads: int,
+    dtype: str,
+    *,
+    folder: Path,
+    consistency_factor: int | None = None,  # None: the pipeline's own
+) -> Callable:
     from tocsr.inference.pipeline import TOCSRPipeline  # diffusers takes seconds to import
 
     pipe = TOCSRPipeline.from_pretrained(folder)
 
     def upscale(lr, index):
         with torch.autocast("cpu", DTYPES[dtype], enabled=dtype != "fp32"):
-            return pipe.upscale_tensor(lr, seed=index)
+            return pipe.upscale_tensor(lr, seed=index, consistency_factor=consistency_factor)
 
     return upscale
 
@@ -114,26 +122,30 @@ def _load_regression(threads: int, dtype: str, *, file: Path) -> Callable:
 # %% ../../nbs/tools/508_methods.ipynb #6c6a1e60
 _TITLES = {
     RELEASED: "TOC-SR (released)",
+    RELEASED_WEAK: f"TOC-SR (released), consistency {WEAK_CONSISTENCY}",
     "paper": "one step, the paper's loss",
     "ours": "one step, our losses (short run)",
     "l1": "L1 regression, equal cost",
 }
 
 
-def _open_pipeline(name: str, folder: Path) -> SRMethod:
+def _open_pipeline(name: str, folder: Path, consistency_factor: int | None = None) -> SRMethod:
     from tocsr.inference.pipeline import TOCSRPipeline
 
     parts = sorted(f for f in folder.rglob("*") if f.suffix in (".safetensors", ".json"))
     files = [(str(f.relative_to(folder)), file_hash(f)) for f in parts]
-    key = config_hash(files, source_hash(TOCSRPipeline))
-    return SRMethod(name, _TITLES.get(name, name), key, partial(_load_pipeline, folder=folder))
+    options = [] if consistency_factor is None else [consistency_factor]
+    key = config_hash(files, source_hash(TOCSRPipeline), *options)
+    load = partial(_load_pipeline, folder=folder, consistency_factor=consistency_factor)
+    return SRMethod(name, _TITLES.get(name, name), key, load)
 
 
-def _open_released() -> SRMethod:
+def _open_released(name: str) -> SRMethod:
+    factor = WEAK_CONSISTENCY if name == RELEASED_WEAK else None
     try:
-        return _open_pipeline(RELEASED, bundled_weights("onestep"))
+        return _open_pipeline(name, bundled_weights("onestep"), factor)
     except FileNotFoundError as e:
-        return SRMethod(RELEASED, _TITLES[RELEASED], "", missing=str(e))
+        return SRMethod(name, _TITLES[name], "", missing=str(e))
 
 
 def _open_baseline(name: str) -> SRMethod:
@@ -159,15 +171,16 @@ def open_method(spec: str | Path | SRMethod) -> SRMethod:
         return SRMethod(name, "bicubic", config_hash(name, source_hash(imresize)), _load_bicubic)
     if name in BASELINES:
         return _open_baseline(name)
-    if name == RELEASED:
-        return _open_released()
+    if name in (RELEASED, RELEASED_WEAK):
+        return _open_released(name)
     path = Path(name).expanduser()
     if path.is_dir():
         return _open_pipeline(path.name, path)
     if path.is_file():
         load = partial(_load_regression, file=path)
         return SRMethod("l1", _TITLES["l1"], file_hash(path), load)
+    names = ", ".join((*NAMED_METHODS, RELEASED_WEAK))
     raise EvalError(
-        f"unknown model {name!r}; choose from {', '.join(NAMED_METHODS)}, the folder of a saved "
-        "pipeline, or the file of a regression network"
+        f"unknown model {name!r}; choose from {names}, the folder of a saved pipeline, or the file "
+        "of a regression network"
     )

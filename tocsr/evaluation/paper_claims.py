@@ -25,8 +25,7 @@ from ..models.complexity import count_macs, count_params, sd15_unet, unet_inputs
 from ..models.surrogates import paper_readings
 
 # %% auto #0
-__all__ = ['count_networks', 'find_reading', 'count_tiny_autoencoder', 'counts_table', 'describe_search_claims',
-           'described_claims', 'speed_claim']
+__all__ = []
 
 # %% ../../nbs/tools/518_paper_claims.ipynb #7f031939
 @cache
@@ -229,14 +228,17 @@ def counted_claims(profile: str) -> list[Claim]:
 RESULT_FILES = ("peers", "students", RELEASED)  # parts of a test set's result
 
 
-def load_stored_results(folder: str | Path) -> dict[str, dict]:
+def load_stored_results(
+    folder: str | Path,
+    parts: Sequence[str] = RESULT_FILES,
+) -> dict[str, dict]:
     "Joined results `<part>_<set>.json` of a folder, by set in lower case."
     results = {}
     for name in map(str.lower, CLAIM_GROUPS):
-        files = [Path(folder) / f"{part}_{name}.json" for part in RESULT_FILES]
-        parts = [load_result(f) for f in files if f.is_file()]
-        if parts:
-            results[name] = join_results(*parts)
+        files = [Path(folder) / f"{part}_{name}.json" for part in parts]
+        found = [load_result(f) for f in files if f.is_file()]
+        if found:
+            results[name] = join_results(*found)
     return results
 
 

@@ -197,7 +197,7 @@ def merge_with_reported(
     ours: Sequence[dict],  # rows; the paper's columns where they mean the same, others where not
     source: str,  # "measured (profile cpu, nano scale)"
 ) -> list[dict]:
-    "The paper's rows, then ours, every row with its source. A cell that nobody measured is None."
+    "The paper's rows, then ours, every row with its source. A cell without a value is None."
     rows = reported_rows(table) + [dict(r, source=source) for r in ours]
     keys = dict.fromkeys(k for r in rows for k in r)
     columns = [c for c in keys if c != "source"] + ["source"]

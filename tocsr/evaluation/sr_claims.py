@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from .claims import Claim
-from .methods import RELEASED, SR_METHODS
+from .methods import RELEASED, RELEASED_WEAK, SR_METHODS
 from .metrics import find_metric, metric_title, summarize_values
 from .runner import fraction_closed, median_time, metric_values, paired_statistic
 from .test_sets import BICUBIC_SETS, DEGRADED_SET, EvalError
@@ -51,7 +51,7 @@ def _metric_claim(result: dict, method: str, quantity: str, *, profile: str, sca
     what = "CPU seconds per image, median," if time else metric_title(quantity)
     title = result["models"][method]["title"]
     images = f"{len(result['images'])} images of {result['set']} ({result['degradation']})"
-    suffix = "ours" if method == RELEASED else method
+    suffix = {RELEASED: "ours", RELEASED_WEAK: "ours_weak"}.get(method, method)
     return Claim(
         id=f"sr.{CLAIM_GROUPS[result['set']]}.{quantity}_{suffix}",
         claim=f"{what} of {title} on {images}",
