@@ -77,7 +77,7 @@ def test_the_command(monkeypatch):
         .invoke(app, ["bench", "--model", "bicubic", "--sizes", "16", "--repeats", "2"])
         .stdout
     )
-    assert "median of 2 warm calls" in text and "autoencoder included" in text and "bicubic" in text
+    assert "median of 2 warm calls" in text and "with autoencoder" in text and "bicubic" in text
     for args, code, word in (
         (("--sizes", "8"), 1, "too small"),
         (("--sizes", "a"), 2, "whole numbers"),
