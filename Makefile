@@ -30,7 +30,7 @@ venv = { test -n '$(PYTHON)' || { echo 'no Python >= 3.11 with venv found:' \
 
 # Variables, because a comma would end an argument of $(call).
 EXTRAS = dev,metrics,plots,search,train
-TESTED = $(EXTRAS),onnx
+TESTED = $(EXTRAS),onnx,text
 PIP    = -m pip install --quiet --disable-pip-version-check
 # $(call install,python,extras): the project with the pinned versions. pyiqa brings two builds of
 # OpenCV that overwrite each other; where the desktop build lacks its libraries, the other one goes

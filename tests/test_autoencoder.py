@@ -7,6 +7,9 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, AutoencoderTiny
 
+from tocsr.core.config import TeacherConfig, get_profile, override
+from tocsr.core.store import run_stage
+from tocsr.data.latents import CachedLatents
 from tocsr.models.autoencoder import (
     LatentAutoencoder,
     LowResAutoencoder,
@@ -18,7 +21,15 @@ from tocsr.models.autoencoder import (
     load_autoencoder,
     save_autoencoder,
 )
-from tocsr.models.linear_denoiser import LinearDenoiser, moments, translation_average
+from tocsr.models.diffusion import noise_schedule
+from tocsr.models.linear_denoiser import (
+    FrequencyDenoiser,
+    LinearDenoiser,
+    moments,
+    translation_average,
+)
+from tocsr.stages.expansion import given_base_autoencoder, load_autoencoders
+from tocsr.stages.expansion_training import fit_linear_denoiser
 
 
 @pytest.fixture(scope="module")
@@ -168,3 +179,93 @@ def test_translation_averaging_helps_on_stationary_data_without_bias():
         averaged.append((translation_average(cov, shape) - reference).norm())
     assert sum(averaged) < 0.5 * sum(plain)
     assert torch.allclose(translation_average(reference, shape), reference, atol=0.15)
+
+
+def stationary_data(n, side=6):
+    "Periodic noise smoothed in space, with a shifted copy of channel 0 in channel 1; and its mean."
+    white = torch.randn(n, 2, side, side, generator=torch.Generator().manual_seed(0))
+    z = white + white.roll(1, -1) + 0.5 * white.roll(-1, -2)
+    z[:, 1] += 0.7 * z[:, 0].roll(1, -1)
+    return z + torch.tensor([0.5, -1.0])[:, None, None]
+
+
+def test_the_denoiser_per_frequency_equals_the_full_one_on_stationary_data():
+    z = stationary_data(60_000)
+    full = LinearDenoiser.fit(z.split(2000))
+    frequency = FrequencyDenoiser.fit(z.split(2000))
+    assert frequency.shape == full.shape == (2, 6, 6)
+    test = z[:300]
+    for alpha, sigma in ((0.9, 0.3), (0.5, 0.85)):
+        noise = torch.randn(test.shape, generator=torch.Generator().manual_seed(1))
+        levels = torch.full((300,), alpha), torch.full((300,), sigma)
+        noisy = alpha * test + sigma * noise
+        a, b = (d.epsilon(noisy, *levels) for d in (full, frequency))
+        assert (a - b).square().mean() < 0.002 * a.square().mean()
+        power = alpha**2 * full.variance
+        least = (power / (power + sigma**2)).mean().item()
+        assert (b - noise).square().mean().item() == pytest.approx(least, rel=0.04)
+    sampled = frequency.sample(60_000, torch.Generator().manual_seed(2)).flatten(1)
+    assert torch.allclose(sampled.T.cov(), z.flatten(1).T.cov(), atol=0.12)
+    assert torch.allclose(sampled.mean(0), z.flatten(1).mean(0), atol=0.05)
+    with pytest.raises(ValueError, match="fitted on crops"):
+        frequency.epsilon(torch.zeros(1, 2, 5, 5), torch.ones(1), torch.ones(1))
+
+
+def test_the_paper_s_latents_need_no_covariance_of_all_values():
+    z = torch.randn(8, 16, 64, 64, generator=torch.Generator().manual_seed(0))
+    denoiser = FrequencyDenoiser.fit(z.split(4))
+    assert sum(v.numel() for v in (denoiser.variance, denoiser.vectors)) < 65_536 * 20
+    estimate = denoiser.epsilon(z[:2], torch.full((2,), 0.8), torch.full((2,), 0.6))
+    assert estimate.shape == (2, 16, 64, 64) and estimate.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "kind, side, expected", [("auto", 8, "full"), ("auto", 48, "frequency"), ("frequency", 8, None)]
+)
+def test_the_profile_names_the_yardstick(kind, side, expected):
+    maps = [torch.randn(4, 60, 60, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    latents = CachedLatents(maps, 8)
+    held = latents.crops(8, side, torch.Generator().manual_seed(0))
+    cfg = TeacherConfig(linear=kind, linear_crops=64)
+    schedule = noise_schedule("epsilon")
+    _, made = fit_linear_denoiser(latents, held, schedule, cfg)
+    assert made["linear"] == (expected or kind)
+    with pytest.raises(ValueError, match="TeacherConfig.linear"):
+        fit_linear_denoiser(latents, held, schedule, TeacherConfig(linear="wiener"))
+
+
+def thin_sd_kl(channels):
+    "An `AutoencoderKL` with SD's layout, factor 8, as thin as its group norms allow."
+    torch.manual_seed(channels)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8, 8, 8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+        latent_channels=channels,
+        scaling_factor=0.18215,
+    )
+
+
+def test_a_given_base_autoencoder_is_used_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.setenv("TOCSR_RUNS", str(tmp_path / "runs"))
+    folders = {}
+    for channels in (4, 16):
+        folders[channels] = str(tmp_path / f"kl{channels}")
+        thin_sd_kl(channels).save_pretrained(folders[channels])
+    names = dict(teacher=folders[16], shape=folders[4], start="scratch")
+    sizes = dict(steps=2, batch=2, eval_images=2, compare_steps=1, pca_patches=2000)
+    p = override(get_profile("smoke"), autoencoder=names | sizes, data=dict(patch=64), device="cpu")
+    artifact = run_stage("autoencoder", p)
+    x = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    base, expanded = load_autoencoders(artifact, p)
+    with torch.no_grad():
+        assert torch.equal(base.encode(x), load_autoencoder(folders[4]).encode(x))
+        assert torch.equal(base(x), load_autoencoder(folders[4])(x))
+    assert expanded.channels == 16 and artifact.results["base"] == "given"
+    assert "4ch" in artifact.results and "teacher_4ch" not in artifact.results
+    other = override(p, autoencoder=dict(shape=folders[16]))
+    with pytest.raises(ValueError, match="base_channels=4"):
+        given_base_autoencoder(other.autoencoder)
+    assert given_base_autoencoder(get_profile("smoke").autoencoder) is None

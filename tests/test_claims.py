@@ -221,3 +221,25 @@ def test_a_contradiction_is_a_status(claim):
         and row["paper"] == "29.0284 dB"
         and row["ours"] == "29.14 [28.6, 29.7] dB"
     )
+
+
+def test_the_ratios_are_not_called_reproduced_because_no_network_has_both():
+    ratios = {c.id: c for c in paper_claims.counted_claims("cpu") if "ratio" in c.id}
+    assert {c.status for c in ratios.values()} == {"partial"}
+    for c in ratios.values():
+        assert "(6.46x, 2.85x)" in c.reason and "(6.62x, 2.91x)" in c.reason
+
+
+@pytest.mark.parametrize(
+    "v1, v2, v3, status",
+    ((0.82, 0.40, 0.84, "partial"), (0.74, 0.40, 0.84, "differs"), (0.82, 0.50, 0.84, "differs")),
+)
+def test_table_s4_in_epsilon_prediction_is_judged_by_its_floor(v1, v2, v3, status):
+    from tocsr.core.config import get_profile
+
+    losses = dict(v1=v1, v2=v2, v3=v3)
+    rows = {k: dict(loss=v, sem=0.01) for k, v in losses.items()}
+    claims = {c.id: c for c in paper_claims._epsilon_claims(rows, get_profile("cpu"))}
+    assert set(claims) == {"table_s4.eps.v1", "table_s4.eps.v2", "table_s4.eps.v3"}
+    assert {c.status for c in claims.values()} == {status}
+    assert claims["table_s4.eps.v1"].paper == 0.7598 and "0.75" in claims["table_s4.eps.v1"].reason

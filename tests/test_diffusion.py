@@ -1,5 +1,8 @@
 "Prediction types, loss, timesteps and DDIM."
 
+import re
+from copy import deepcopy
+
 import pytest
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
@@ -14,8 +17,12 @@ from tocsr.models.diffusion import (
     estimates_from_output,
     nano_unet,
     noise_schedule,
+    null_context,
     output_from_epsilon,
+    predict,
     predict_clean,
+    predict_epsilon,
+    set_context,
     signal_noise,
     uniform_timesteps,
 )
@@ -89,3 +96,59 @@ def test_timesteps_are_uniform_and_spread():
 def test_unknown_prediction_types_are_refused():
     with pytest.raises(ValueError, match="v_prediction"):
         noise_schedule("x0")
+
+
+@pytest.fixture
+def thin():
+    "A UNet with cross-attention to 12 channels, epsilon prediction, random weights."
+    torch.manual_seed(0)
+    cfg = UNetConfig(channels=(8, 16), layers=1, heads=(1, 2), context_dim=12, groups=4)
+    return nano_unet(cfg, 4).eval().requires_grad_(False)
+
+
+def test_the_fixed_context_is_what_diffusers_own_forward_reads(thin):
+    z = torch.randn(3, 4, 8, 8)
+    t = torch.tensor([1, 500, 990])
+    prompt = torch.randn(7, 12)
+    schedule = noise_schedule()
+    without = predict_epsilon(thin, z, t, schedule)
+    ones = thin(z, t, encoder_hidden_states=torch.ones(3, 1, 12)).sample
+    assert torch.equal(without, ones)
+    theirs = thin(z, t, encoder_hidden_states=prompt.repeat(3, 1, 1)).sample
+    set_context(thin, prompt)
+    assert torch.equal(predict_epsilon(thin, z, t, schedule), theirs)
+    assert not torch.allclose(theirs, without, atol=1e-3)
+    a, s = (v[:, None, None, None] for v in signal_noise(schedule, t))
+    clean = predict_clean(thin, z, t, schedule)
+    assert torch.allclose(clean, (z - s * theirs) / a, rtol=1e-4, atol=1e-4)
+    loss = diffusion_loss(thin, z, t, torch.zeros_like(z), schedule)
+    z_t = schedule.add_noise(z, torch.zeros_like(z), t)
+    theirs = thin(z_t, t, encoder_hidden_states=prompt.repeat(3, 1, 1)).sample
+    assert loss.item() == pytest.approx(theirs.square().mean().item(), rel=1e-5)
+
+
+def test_a_call_can_bring_a_context_of_its_own(thin):
+    z = torch.randn(2, 4, 8, 8)
+    t = torch.tensor([10, 700])
+    prompts = torch.randn(2, 5, 12)
+    schedule = noise_schedule("v_prediction")
+    set_context(thin, torch.randn(7, 12))
+    eps, z_0 = predict(thin, z, t, schedule, context=prompts)
+    theirs = thin(z, t, encoder_hidden_states=prompts).sample
+    assert torch.equal(eps, estimates_from_output(theirs, z, t, schedule)[0])
+    assert torch.equal(z_0, predict_clean(thin, z, t, schedule, context=prompts))
+
+
+def test_a_fixed_context_follows_the_unet_and_is_copied_with_it(thin):
+    prompt = torch.randn(1, 7, 12)
+    set_context(thin, prompt)
+    copy = deepcopy(thin).double()
+    assert torch.equal(null_context(copy, 2), prompt.double().expand(2, -1, -1))
+    assert "fixed_context" not in thin.state_dict()  # diffusers reads the folder without a warning
+    assert null_context(set_context(thin, None), 2).shape == (2, 1, 12)
+
+
+@pytest.mark.parametrize("shape", [(7, 13), (2, 7, 12), (12,), (0, 12)])
+def test_a_context_of_another_shape_is_refused(thin, shape):
+    with pytest.raises(ValueError, match=rf"{re.escape(str(shape[-3:]))}.*\(tokens, 12\)"):
+        set_context(thin, torch.zeros(shape))

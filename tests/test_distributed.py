@@ -5,6 +5,7 @@ last bit.
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import textwrap
@@ -126,3 +127,58 @@ def test_two_processes_make_the_library_of_one(tmp_path):
         assert json.loads(
             (tmp_path / f"two/library-{rank}/library.json").read_text()
         ) == json.loads((tmp_path / "one/library-0/library.json").read_text())
+
+
+STAGE = """
+    import os
+    import sys
+    from pathlib import Path
+
+    import torch
+
+    from tocsr.core.config import get_profile
+    from tocsr.core.distributed import rank
+    from tocsr.core.store import StoreError, run_stage, stage
+
+    os.environ["TOCSR_RUNS"] = sys.argv[1 + (rank() if len(sys.argv) > 2 else 0)]
+
+
+    @stage("compare", data=False)
+    def tiny(run):
+        return dict(value=3)
+
+
+    try:
+        value = run_stage("compare", get_profile("smoke", device="cpu")).results["value"]
+        line = f"process {rank()}: {value}"
+    except StoreError as e:
+        line = f"process {rank()}: {e}"
+    print(line + "\\n", end="", flush=True)
+"""
+
+
+def run_tiny_stage(tmp_path, *folders) -> list[str]:
+    "A line of every process of a stage that returns 3."
+    (tmp_path / "stage.py").write_text(textwrap.dedent(STAGE))
+    r = subprocess.run(
+        [*launch_command(2), str(tmp_path / "stage.py"), *map(str, folders)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", MKL_NUM_THREADS="1"),
+    )
+    assert r.returncode == 0, r.stderr[-3000:]
+    return sorted(line for line in r.stdout.splitlines() if line.startswith("process "))
+
+
+def test_processes_with_separate_results_folders_are_refused_with_both_places(tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    lines = run_tiny_stage(tmp_path, first, second)
+    assert len(lines) == 2
+    for line in lines:
+        assert "must share one results folder" in line and "TOCSR_RUNS" in line
+        assert str(first) in line and f"process 1 on {socket.gethostname()}: {second}" in line
+    assert not list(first.rglob("meta.json")) and not list(second.rglob("meta.json"))
+    shared = run_tiny_stage(tmp_path, first)
+    assert shared == ["process 0: 3", "process 1: 3"]
+    assert not list(first.glob(".shared-*"))

@@ -93,11 +93,12 @@ def test_held_out_report_against_the_teacher(networks):
 def test_variants_of_a_finished_stage(networks, tmp_path):
     save_staged_unet(tmp_path / "ours", networks[1])
     noise_schedule("epsilon").save_pretrained(tmp_path / "scheduler")
-    net, schedule = load_compact(Artifact(tmp_path, {}))
+    artifact = Artifact(tmp_path, dict(results=dict(variants=["ours"])))
+    net, schedule = load_compact(artifact)
     assert net.architecture == networks[1].architecture
     assert schedule.config.prediction_type == "epsilon"
     with pytest.raises(StoreError, match="choose one of ours"):
-        load_compact(Artifact(tmp_path, {}), "paper")
+        load_compact(artifact, "paper")
 
 
 def test_bundled_network_only_where_the_search_chose_it():

@@ -23,7 +23,15 @@ from tocsr.core.store import MODULES, get_stage
 ROOT = Path(__file__).resolve().parents[1]
 UNTRACKED = {"MODULES", "_registry"}  # registries and caches on which no result depends
 # objects of other libraries without contents
-FOREIGN = {"_SRGB", "_deadline", "_single_process", "j1", "log_ndtr"}
+FOREIGN = {
+    "_SRGB",
+    "_deadline",
+    "_loading",
+    "_no_pillow_limit",
+    "_single_process",
+    "j1",
+    "log_ndtr",
+}
 CODE = (types.FunctionType, type)
 
 

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from tocsr.inference import batch, image_files
+from tocsr.inference.metadata import Metadata
 
 COUNT = 200
 LIMIT_S = 40
@@ -58,7 +59,8 @@ def seeds():
     deep = torch.from_numpy(a[..., :3].astype(np.float32)).permute(2, 0, 1) / 127.5 - 1
     for kind in ("png", "tiff"):
         out[f"deep.{kind}"] = image_files.encode_image(
-            image_files.DecodedImage(deep, bits=16, exif=exif), image_files.FORMATS[kind]
+            image_files.DecodedImage(deep, bits=16, metadata=Metadata(exif=exif)),
+            image_files.FORMATS[kind],
         )[0]
     return out
 

@@ -208,7 +208,18 @@ def test_methods_are_the_functions_they_name(vae, unet, monkeypatch):
     p = get_profile("smoke")
     hr = imresize(torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)), 8) * 2 - 1
     lr = imresize(hr, 1 / 4)
-    monkeypatch.setattr(held_out, "heldout_pairs", lambda p, side: (hr, lr))
+
+    class FixedPairs:
+        def __init__(self, p, side):
+            self.p = p
+
+        def __len__(self):
+            return 2
+
+        def pair(self, i):
+            return hr[i : i + 1], lr[i : i + 1]
+
+    monkeypatch.setattr(held_out, "HeldOutPairs", FixedPairs)
     torch.manual_seed(0)
     net = RegressionNet(1, 8)
     nn.init.normal_(net.tail.weight, 0, 0.1)

@@ -2,6 +2,7 @@
 
 import hashlib
 import http.server
+import json
 import os
 import struct
 import threading
@@ -14,6 +15,7 @@ import tifffile
 import torch
 from benchmark_sets import find_set
 from PIL import Image
+from raw_images import write_tiff
 
 from tocsr.core import download as net
 from tocsr.core import image as C
@@ -325,6 +327,41 @@ def test_a_mixed_folder_is_read_or_counted(folder):
         "duplicate": 1,
     }
     assert (photos.read(1) == noise(1)).all() and photos.name(1) == "b.png"
+
+
+@pytest.mark.parametrize("eager", [2_000, 1])
+def test_what_a_folder_holds_beside_images_is_named(folder, tmp_path, monkeypatch, eager):
+    monkeypatch.setattr(I, "MAX_INSPECTED", eager)
+    for i, n in enumerate(("a.jfif", "b.jpe", "c.png")):
+        save(folder / n, noise(i), **(dict(format="JPEG") if n != "c.png" else {}))
+    for n in ("d.avif", "e.AVIF", "f.heic", "g.jp2", "h.gif", "notes.txt", "raw.dng"):
+        (folder / n).touch()
+    (tmp_path / "elsewhere").mkdir()
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
+    expected = {f"format not read ({s})": 1 for s in (".heic", ".jp2", ".gif", ".dng")}
+    expected |= {"format not read (.avif)": 2, "not an image file": 1, "linked folder": 1}
+    assert I.load_photos(cfg(folder)).report() == {"usable": 3, **expected}
+
+
+def test_an_index_of_an_earlier_version_is_built_again(folder, tmp_path):
+    save(folder / "a.png", noise(0))
+    known = X.build_index(folder, tmp_path / "index")
+    (tmp_path / "index/index.json").write_text(json.dumps(known | dict(other=3)))
+    assert X.build_index(folder, tmp_path / "index") == known
+
+
+@pytest.mark.parametrize("order", "<>")
+def test_layouts_that_pillow_misreads_train_as_they_look(folder, order):
+    "White is zero, separate planes, 12 bits."
+    a = np.random.default_rng(0).integers(0, 2**12, (140, 150, 3))
+    (folder / "w.tif").write_bytes(write_tiff(65535 - a[..., :1] * 16, 16, 0, order=order))
+    (folder / "p.tif").write_bytes(write_tiff(a * 16, 16, 2, planar=2, order=order))
+    (folder / "t.tif").write_bytes(write_tiff(a, 12, 2, order=order))
+    photos = I.load_photos(cfg(folder))
+    assert photos.names == ("p.tif", "t.tif", "w.tif")
+    for i, scale in ((0, 16 / 257), (1, 255 / 4095), (2, 16 / 257)):
+        want = a[..., :1].repeat(3, -1) if i == 2 else a
+        assert np.abs(photos.read(i) - want * scale).max() < 0.51 + 0.01
 
 
 def test_the_manifest_hash_follows_content_and_not_time_or_place(folder, tmp_path):

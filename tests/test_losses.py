@@ -333,7 +333,7 @@ def test_weights_of_bicubic_inputs_and_of_the_start(monkeypatch, photos):
 def test_wrong_names_and_missing_weights_are_refused(monkeypatch):
     with pytest.raises(ValueError, match="names texture; registered losses: latent"):
         L.loss_weights(dict(texture=1.0))
-    with pytest.raises(ValueError, match="names features; choose from"):
+    with pytest.raises(ValueError, match="ablation is .*features.*without_feature"):
         student_recipes(replace(CFG, ablation=("features",)))
     with pytest.raises(ValueError, match="all losses have weight 0"):
         L.WeightedLoss(dict(pixel=0.0))

@@ -5,6 +5,7 @@ import json
 import re
 from pathlib import Path
 
+import papermill
 import pytest
 
 from tocsr.cli.reproduce import MAX_BYTES, stage_notebooks
@@ -89,13 +90,38 @@ def test_every_figure_is_shown(path):
         assert any(k.startswith("image/") for k in kinds), source(c)
 
 
+@pytest.mark.parametrize("path", NUMBERED, ids=lambda p: p.stem)
+def test_an_unknown_parameter_is_refused(path, tmp_path):
+    "By papermill itself: the parameters cell and the code after it, up to the check of names."
+    assert len(parameters(path)) == 1
+    nb = json.loads(path.read_text())
+    code = [c for c in nb["cells"] if c["cell_type"] == "code"]
+    first = code.index(next(c for c in code if "parameters" in c["metadata"].get("tags", [])))
+    check = re.compile(r"^[^#\n]*\b(notebook_profile|check_notebook_parameters)\(globals", re.M)
+    last = next((i for i, c in enumerate(code) if check.search(source(c))), None)
+    assert last is not None and last > first, "no cell checks the names of parameters"
+    # imports and the check alone: what comes before it may compute
+    lines = [f"from tocsr.core.config import {check.search(source(code[last]))[1]}"]
+    lines.append(f"{check.search(source(code[last]))[1]}(globals())")
+    code[last]["source"] = "\n".join(lines)
+    nb["cells"] = [code[first], code[last]]
+    for c in nb["cells"]:
+        c["outputs"] = []
+    (tmp_path / "in.ipynb").write_text(json.dumps(nb))
+    given = dict(cwd=str(ROOT), kernel_name="python3", progress_bar=False)
+    with pytest.raises(papermill.PapermillExecutionError, match="no parameter 'nonsense'"):
+        papermill.execute_notebook(
+            tmp_path / "in.ipynb", tmp_path / "out.ipynb", dict(nonsense=1), **given
+        )
+
+
 @pytest.mark.parametrize("path", STAGES, ids=lambda p: p.stem)
 def test_parameters_cell(path):
     (cell,) = parameters(path)
     text = source(cell)
     assert not text.startswith("#|"), "the cell has no directive"
     values = {n.targets[0].id: ast.literal_eval(n.value) for n in ast.parse(text).body}
-    assert values == dict(profile="", data_dir="", force=False)
+    assert values == dict(profile="", data_dir="", way="", overrides={}, force=False)
     for line in filter(str.strip, text.splitlines()):
         assert "#" in line, "each parameter has a comment"
     for name in PROFILES:

@@ -1,6 +1,7 @@
 "The pipeline with small random weights: sizes, tiles, files, diffusers' conventions, errors."
 
 import inspect
+import io
 import json
 import shutil
 import subprocess
@@ -13,7 +14,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
 from PIL import Image, ImageCms
+from raw_images import write_tiff
 
 import tocsr
 from tocsr.core.config import UNetConfig
@@ -335,6 +338,102 @@ def test_loading_ignores_torchs_default_dtype(pipe, tmp_path):
         torch.set_default_dtype(torch.float32)
 
 
+CALLS = [
+    {},
+    dict(tile=64, overlap=16),
+    dict(scale=1.5),
+    dict(strength=0.5),
+    dict(consistency_factor=4),
+    dict(output_type="pt"),
+]
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("kind", ["array", "alpha", "local"])
+def test_results_ignore_torchs_defaults(pipe, call, kind):
+    "Another default dtype, or device, changes no result."
+    image = make_image(70, 20)
+    model = variant(pipe, tileable=True) if kind == "local" else pipe
+    if kind == "alpha":
+        image = Image.fromarray(np.dstack([image, image[..., :1]]))
+    want = model(image, **call).images[0]
+    for name, value, before in (
+        ("set_default_dtype", torch.float64, torch.float32),
+        ("set_default_dtype", torch.bfloat16, torch.float32),
+        ("set_default_device", "meta", None),
+    ):
+        getattr(torch, name)(value)
+        try:
+            got = model(image, **call).images[0]
+        finally:
+            getattr(torch, name)(before)
+        assert np.array_equal(np.asarray(got), np.asarray(want)), (name, value)
+
+
+def test_loading_ignores_torchs_default_device(pipe, tmp_path):
+    folder = pipe.save_pretrained(tmp_path / "m")
+    want = pipe(make_image(8, 8), output_type="np").images[0]
+    torch.set_default_device("meta")
+    try:
+        again = TOCSRPipeline.from_pretrained(folder)
+    finally:
+        torch.set_default_device(None)
+    assert np.array_equal(again(make_image(8, 8), output_type="np").images[0], want)
+
+
+def test_loading_in_threads_restores_diffusers_settings(pipe, tmp_path):
+    from concurrent.futures import ThreadPoolExecutor
+
+    folder = pipe.save_pretrained(tmp_path / "m")
+    for level in (diffusers_logging.INFO, diffusers_logging.WARNING):
+        diffusers_logging.set_verbosity(level)
+        diffusers_logging.enable_progress_bar()
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda _: TOCSRPipeline.from_pretrained(folder), range(8)))
+        assert diffusers_logging.get_verbosity() == level
+        assert diffusers_logging.is_progress_bar_enabled()
+    assert not torch.nn.Linear(1, 1).weight.is_meta  # accelerate's patch is gone, too
+
+
+@pytest.mark.parametrize("tile", [50, 0, -16, 16.5, "large"])
+def test_a_refused_setting_changes_nothing(pipe, tile):
+    own = variant(pipe)
+    own.enable_tiling(64)
+    with pytest.raises(ValueError):
+        own.enable_tiling(tile)
+    assert own._tile_of("auto") == 64
+
+
+def test_a_device_that_fails_leaves_the_pipeline_as_it_was(pipe):
+    own = variant(pipe)
+    want = own(make_image(8, 8), output_type="np").images[0]
+    with pytest.raises((RuntimeError, AssertionError, ValueError, NotImplementedError)):
+        own.to("cuda:99")
+    assert own.device.type == "cpu"
+    assert np.array_equal(own(make_image(8, 8), output_type="np").images[0], want)
+
+
+@pytest.mark.parametrize(
+    "seed", [3, np.int64(3), np.uint8(3), np.int32(3), torch.tensor(3), True, -1, 2**63 - 1]
+)
+def test_integers_of_every_type_are_seeds(pipe, seed):
+    got, same, other = (
+        pipe(make_image(8, 8), seed=s, output_type="np").images[0]
+        for s in (seed, int(seed), int(seed) - 1)
+    )
+    assert np.array_equal(got, same) and not np.array_equal(got, other)
+
+
+def test_layouts_that_pillow_misreads_are_right_or_refused(pipe):
+    dark = write_tiff(np.full((8, 8, 1), 65535), 16, 0)  # white is zero
+    im = Image.open(io.BytesIO(dark))
+    assert np.asarray(pipe(im).images[0]).max() < 40
+    im = Image.open(io.BytesIO(dark))
+    im.load()
+    with pytest.raises(ValueError, match="white is zero"):
+        pipe(im)
+
+
 def test_orientation_and_profile_of_a_pillow_image(pipe):
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     upright = Image.fromarray(make_image(8, 12))
@@ -383,6 +482,21 @@ def test_bad_pictures_are_refused_with_a_reason(pipe, image, words):
         (dict(consistency_factor=1.5), "whole number"),
         (dict(seed=2**63), "seed"),
         (dict(seed=1.5), "seed"),
+        (dict(seed=None), "seed"),
+        (dict(seed="3"), "seed"),
+        (dict(seed=np.float64(3)), "seed"),
+        (dict(seed=np.uint64(2**63)), "seed"),
+        (dict(scale=0), "above 0"),
+        (dict(scale=float("nan")), "scale must be a number"),
+        (dict(scale=float("inf")), "at most 4"),
+        (dict(scale="2"), "scale must be a number"),
+        (dict(scale=[2]), "scale must be a number"),
+        (dict(strength="x"), "strength must be a number"),
+        (dict(strength=float("nan")), "strength must be a number"),
+        (dict(tile=16.0), "tile must be a whole number"),
+        (dict(tile="big"), "tile must be a whole number"),
+        (dict(tile=64, overlap=1.5), "overlap must be a whole number"),
+        (dict(num_inference_steps=1.5), "num_inference_steps"),
     ],
 )
 def test_bad_arguments_are_refused_with_a_reason(pipe, arguments, words):

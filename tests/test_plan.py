@@ -6,13 +6,14 @@ import json
 
 import pytest
 import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 from typer.testing import CliRunner
 
 from tocsr.cli.main import app
-from tocsr.cli.plan import activation_bytes, count_parts, make_plan
-from tocsr.core.config import get_profile
-from tocsr.models.complexity import count_macs
+from tocsr.cli.plan import Machine, bare_networks, count_parts, make_plan
+from tocsr.core.config import get_profile, share_batch
+from tocsr.models.complexity import activation_bytes, count_macs
 
 SD15 = {
     "_class_name": "UNet2DConditionModel",
@@ -58,8 +59,8 @@ def test_a_folder_of_configurations_is_enough(folder):
         "autoencoder",
         "teacher",
         "surrogates",
-        "tabular",
         "search",
+        "compact",
     ]
     assert plan["hours"] == pytest.approx(sum(s["hours"] for s in plan["stages"])) and all(
         s["memory_gib"] > 0 and s["pflops"] > 0 for s in plan["stages"]
@@ -106,15 +107,42 @@ def test_a_rate_or_memory_of_nothing_is_refused(args):
     assert r.exit_code == 1 and "must be positive" in r.stderr
 
 
-def test_hours_follow_the_rate_and_processes_share_the_library_alone():
-    smoke = get_profile("smoke")
-    one = make_plan(smoke, gpus=1, gpu_memory_gib=80, tflops=1.0)
-    four = make_plan(smoke, gpus=4, gpu_memory_gib=80, tflops=2.0)
-    for a, b in zip(one.stages, four.stages, strict=True):
-        if a.stage == "surrogates":
-            assert b.hours < 0.4 * a.hours and b.memory_gib < a.memory_gib
-        else:
-            assert b.hours == pytest.approx(a.hours / 2)
+def test_hours_follow_the_rate_and_processes_divide_them():
+    p = get_profile("smoke", surrogates=dict(names=("R",)), eval=dict(crops=4))
+    networks = bare_networks(p)
+    one, four = (
+        {
+            s.stage: s
+            for s in make_plan(p, Machine(n, 80, tflops=n / 2 + 0.5), networks=networks).stages
+        }
+        for n in (1, 4)
+    )
+    for name in ("adapt", "compact"):  # batch 4: one image per process
+        assert four[name].batch == 1 and four[name].pflops == pytest.approx(one[name].pflops / 4)
+    assert four["search"].pflops == one["search"].pflops, "the main process searches"
+    for name, stage in four.items():
+        assert stage.hours == pytest.approx(one[name].hours * stage.pflops / one[name].pflops / 2.5)
+
+
+@pytest.mark.parametrize("processes", [1, 8])
+def test_profile_paper_fits_80_gib_at_every_stage(processes):
+    plan = make_plan(get_profile("paper"), Machine(processes, 80, tflops=150))
+    assert (
+        not plan.misfits
+        and len(plan.stages) == 7
+        and plan.params_M == pytest.approx(859.59, abs=0.01)
+    )
+
+
+def test_batches_are_shared_as_the_code_does():
+    p = get_profile("paper")
+    for processes in (1, 3, 8, 100):
+        local = share_batch(p, "adapt", processes)
+        seen = local.adapt.batch * local.accumulation * processes
+        assert seen >= p.adapt.batch and local.accumulation <= p.accumulation
+        if processes in (1, 8):
+            assert seen == p.adapt.batch
+    assert share_batch(p, "surrogates", 8) == p
 
 
 def test_counted_activations_are_what_autograd_holds():
@@ -133,20 +161,59 @@ def test_counted_activations_are_what_autograd_holds():
     )
 
 
-def test_half_precision_halves_activations_and_the_latent_size_follows_the_autoencoder(folder):
+def test_checkpointing_keeps_what_autograd_holds():
+    "The same network with torch's own checkpointing, its tensors counted in a real forward pass."
+    unet = UNet2DConditionModel(
+        **(SD15 | dict(block_out_channels=(16, 32, 32, 32), norm_num_groups=4))
+    )
+    inputs = torch.randn(1, 4, 16, 16), torch.zeros(1).long(), torch.randn(1, 7, 768)
+    held = {}
+
+    def pack(t):
+        if not isinstance(t, nn.Parameter):
+            held[t.untyped_storage().data_ptr()] = (t, t.untyped_storage().nbytes())
+        return t
+
+    unet.enable_gradient_checkpointing()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        unet(*inputs).sample.sum()
+    real = sum(n for _, n in held.values())
+    unet.disable_gradient_checkpointing()
+    free = activation_bytes(unet.to("meta"), *inputs)
+    counted = activation_bytes(unet, *inputs, checkpointing=True)
+    assert real <= counted < 0.6 * free, "and one segment of the backward pass"
+
+
+def test_autocast_keeps_half_precision_and_the_latent_size_follows_the_autoencoder(folder):
     with torch.device("meta"):
         net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
         x = torch.empty(5, 8)
-    assert activation_bytes(net, x) == 4 * 5 * (8 + 16) and activation_bytes(
-        net, x, half=True
-    ) == 2 * 5 * (8 + 16)
-    parts, library, teacher = count_parts(
-        get_profile("smoke"), folder
-    )  # its AutoencoderKL halves the side once
+    assert activation_bytes(net, x) == 4 * 5 * (8 + 16)
+    half = 2 * 5 * (8 + 16) + 2 * 16 * 4  # with the second weight, for the gradient of its input
+    assert activation_bytes(net, x, device="cuda", precision="bf16") == half
+    networks = bare_networks(get_profile("smoke"), folder)  # its AutoencoderKL halves the side once
+    parts = count_parts(get_profile("smoke"), networks, "cpu")
     side = get_profile("smoke").data.patch // 2
     inputs = (
         torch.empty(1, 16, side, side),
         torch.zeros(1),
-        torch.empty(1, 1, teacher.config.cross_attention_dim),
+        torch.empty(1, 1, networks.teacher.config.cross_attention_dim),
     )
-    assert parts["teacher"].macs == count_macs(teacher, *inputs) and len(parts) == 5 + len(library)
+    assert parts["teacher"].macs == count_macs(networks.teacher, *inputs)
+    assert len(parts) == 5 + len(networks.library)
+
+
+def test_a_hub_name_is_accepted(monkeypatch):
+    asked = []
+
+    def load_config(name, subfolder):
+        asked.append((name, subfolder))
+        if subfolder == "vae":
+            raise OSError("offline\nand more")
+        return SD15
+
+    for kind in (UNet2DConditionModel, AutoencoderKL):
+        monkeypatch.setattr(kind, "load_config", load_config)
+    r = call("--gpus", "1", "--gpu-memory", "80", "--teacher", "someone/sd")
+    assert asked == [("someone/sd", "unet"), ("someone/sd", "vae")]
+    assert r.exit_code == 1 and "someone/sd cannot be read (offline)" in r.stderr

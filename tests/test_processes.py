@@ -5,17 +5,21 @@ training averages gradients, and a killed launch continues.
 import json
 import os
 import signal
+import socket
 import subprocess
+import sys
 import textwrap
 import time
 from pathlib import Path
 
+import pytest
 import torch
 from launcher import launch_command
 from PIL import Image
 
 from tocsr.core.config import get_profile
-from tocsr.core.files import read_weights
+from tocsr.core.distributed import check_rendezvous
+from tocsr.core.files import StoreError, read_weights
 from tocsr.core.training import fit, step_generator
 from tocsr.data.images import load_photos
 
@@ -250,3 +254,65 @@ def test_a_launch_is_killed_and_started_again(tmp_path):
         if name == "outer":
             assert meta["results"] == dict(processes=1, within=1)
     assert all(f"process {r} holds {folder}" in output for r in range(2))
+
+
+MEET = """
+    import os
+
+    from tocsr.core.distributed import init_distributed, rank, run_on_main, world_size
+
+    init_distributed("cpu")
+    print(f"process {rank()} of {world_size()}: {run_on_main(lambda: 'from process 0')}")
+"""
+
+
+def alone(folder: Path, **variables) -> subprocess.Popen:
+    "Start one process of MEET as no launcher does, by variables alone."
+    (folder / "meet.py").write_text(textwrap.dedent(MEET))
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("MASTER_", "TORCHELASTIC"))}
+    env |= dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", **variables)
+    return subprocess.Popen(
+        [sys.executable, "meet.py"],
+        cwd=folder,
+        env=env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def free_port() -> int:
+    "A port that is free now."
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def test_a_world_size_that_a_cluster_left_behind_is_an_error(tmp_path):
+    _, err = (child := alone(tmp_path, WORLD_SIZE="2")).communicate(timeout=300)
+    line = err.strip().splitlines()[-1]
+    assert child.returncode == 1 and "StoreError: WORLD_SIZE is 2, but RANK, MASTER_ADDR" in line
+    assert "unset WORLD_SIZE" in line
+    _, err = (child := alone(tmp_path, WORLD_SIZE="four")).communicate(timeout=300)
+    assert child.returncode == 1 and "'four'" in err.strip().splitlines()[-1]
+
+
+def test_processes_that_nobody_started_are_not_awaited_forever(monkeypatch, capfd):
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    for name, value in dict(RANK=0, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1").items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    begin = time.monotonic()
+    with pytest.raises(StoreError, match="met no 1 others at 127.0.0.1.*in 2 s.*unset WORLD_SIZE"):
+        check_rendezvous(timeout_s=2)
+    assert time.monotonic() - begin < 30
+    assert "process 0 waits for 1 others" in capfd.readouterr().err
+
+
+def test_two_processes_without_a_launcher_meet(tmp_path):
+    where = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    both = [alone(tmp_path, RANK=str(r), LOCAL_RANK=str(r), **where) for r in range(2)]
+    for r, child in enumerate(both):
+        out, err = child.communicate(timeout=300)
+        assert child.returncode == 0, err
+        assert f"process {r} of 2: from process 0" in out

@@ -765,6 +765,12 @@ def test_choice_of_the_architecture():
     assert choose_architecture(rows, 100, "paper")["params"] == 90
     nearest = choose_architecture(rows, 50, "ours")
     assert nearest["params"] == 80 and "Larger eps" in nearest["note"]
+    rows += [row("ours", 101.0)]
+    assert choose_architecture(rows, 100, "ours", "nearest")["params"] == 101
+    assert not choose_architecture(rows, 100, "ours", "nearest")["within_budget"]
+    assert choose_architecture(rows, 100, "ours")["params"] == 80
+    with pytest.raises(SearchError, match="search.select"):
+        choose_architecture(rows, 100, "ours", "largest")
     with pytest.raises(SearchError, match="random found no feasible"):
         choose_architecture(rows, 100, "random")
 

@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,7 @@ from tocsr.core.config import UNetConfig
 from tocsr.core.files import save_weights
 from tocsr.core.image import ImageError, imresize, to_tensor
 from tocsr.inference import batch, image_files
+from tocsr.inference.metadata import EXIF_IFD, EXIF_SIZE, Metadata
 from tocsr.inference.pipeline import TOCSRPipeline
 from tocsr.models.autoencoder import fit_pca
 from tocsr.models.diffusion import nano_unet, noise_schedule
@@ -518,10 +521,10 @@ def test_unwritable_places_are_refused_before_computing(model, tmp_path):
 @pytest.mark.parametrize(
     "args, code, words",
     [
-        (("--scale", 8), 2, "at most 4"),
+        (("--scale", 17), 2, "at most 16"),
         (("--scale", 0), 2, "above 0"),
         (("--consistency", -1), 2, "consistency"),
-        (("--max-mpixel", "inf"), 2, "too large"),
+        (("--max-mpixel", "inf"), 2, "finite"),
         (("--tile", 50), 2, "multiples of 16"),
         (("--strength", 2), 2, "0..1"),
         (("--steps", 4), 2, "1 step, not 4"),
@@ -744,6 +747,65 @@ def test_plans_that_are_refused(album, monkeypatch, inputs, out, format, words):
     assert words in str(e.value) and "\n" not in str(e.value)
 
 
+PASSED_OVER = [".avif", ".heic", ".jp2", ".ppm", ".tga", ".txt", ""]
+
+
+@pytest.mark.parametrize("count", range(1, 4))
+def test_files_that_are_passed_over_are_counted_and_named(album, tmp_path, count):
+    for i in range(count):
+        for suffix in PASSED_OVER:
+            (album / f"x{i}{suffix}").write_bytes(b"x")
+        (album / f"link{i}").symlink_to(tmp_path)
+    (album / ".hidden.avif").touch()
+    found = batch.count_other_files([str(album), "-"])
+    assert found[".avif"] == found["no suffix"] == count and found[".txt"] == count + 1
+    assert found[batch.LINKED_FOLDER] == count and found.total() == 8 * count + 1
+    counts = batch.count_results([], total=3, seconds=1, other=found)
+    text = batch.format_summary(counts)
+    assert f"{7 * count + 1} other files not looked at (.txt {count + 1}, " in text
+    assert f"{count} linked folder" in text and counts["other"][".heic"] == count
+    assert len(batch.plan_jobs([str(album)], str(tmp_path / "out"))) == 3
+
+
+def test_a_folder_without_images_says_what_it_holds(tmp_path):
+    (tmp_path / "a.avif").touch()
+    with pytest.raises(image_files.UsageError, match=r"1 other file not looked at \(\.avif 1\)"):
+        batch.plan_jobs([str(tmp_path)], "out")
+    assert batch.format_summary(batch.count_results([], 0, 1.0)).endswith("in 1.0 s")
+
+
+@pytest.mark.parametrize("suffix", [".jfif", ".jpe", ".JFIF"])
+def test_names_of_jpeg_files(tmp_path, suffix):
+    make_image().save(tmp_path / f"a{suffix}", "JPEG")
+    jobs = batch.plan_jobs([str(tmp_path)], str(tmp_path / "out"))
+    (out,) = batch.upscale_files(jobs, double, 2)
+    assert out.output.endswith(f"a{suffix}") and Image.open(out.output).format == "JPEG"
+
+
+def test_reading_changes_no_setting_of_pillow_or_python():
+    "In eight threads at once, with Pillow's limit below the images' size."
+    tiff = encode(make_image(40, 40), "TIFF", compression="tiff_lzw")
+    png = encode(make_image(40, 40), "PNG")
+    filters = list(warnings.filters)
+    old = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = 100
+
+    def read(data):
+        seen.add(Image.MAX_IMAGE_PIXELS)
+        return image_files.read_image_file(data).size
+
+    try:
+        for data in (tiff, png):
+            seen = set()
+            with ThreadPoolExecutor(8) as pool:
+                assert set(pool.map(read, [data] * 64)) == {(40, 40)}
+            assert Image.MAX_IMAGE_PIXELS == 100
+            assert seen == {100} or data is tiff
+    finally:
+        Image.MAX_IMAGE_PIXELS = old
+    assert warnings.filters == filters
+
+
 def test_standard_input_to_standard_output():
     assert batch.plan_jobs(["-"], "-") == [batch.Job(None, None, None)]
 
@@ -782,29 +844,30 @@ def test_every_layout_through_every_format(bits, channels, name):
     x = torch.from_numpy(deep.astype(np.float32) / 65535)
     exif = Image.Exif()
     exif[0x010F] = "a maker"
-    width = image_files.EXIF_SIZE[0]
-    exif.get_ifd(image_files.EXIF_IFD)[width] = 7
+    width = EXIF_SIZE[0]
+    exif.get_ifd(EXIF_IFD)[width] = 7
     icc = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     given = image_files.DecodedImage(
         (x[:1].expand(3, 9, 14) if channels < 3 else x[:3]) * 2 - 1,
         alpha=x[3:] if channels in (2, 4) else None,
         gray=channels < 3,
         bits=bits,
-        icc=icc if channels > 2 else None,
-        exif=exif,
+        metadata=Metadata(icc=icc if channels > 2 else None, exif=exif),
     )
     data, notes = image_files.encode_image(given, f)
     back = image_files.read_image_file(data)
     assert back.size == (14, 9) and (back.alpha is not None) == (f.alpha and channels in (2, 4))
     assert back.bits == (bits if f.deep else 8)
-    assert back.gray == given.gray or name == "webp" or channels == 2
+    assert back.gray == given.gray or name == "webp" or (name, bits, channels) == ("tiff", 16, 2)
     assert (bits == 16 and not f.deep) == any("16 bits" in n for n in notes)
     if f.deep:
         assert torch.allclose(back.color, given.color, atol=1e-6)
-    if f.metadata:
-        assert back.exif[0x010F] == "a maker" and back.icc == given.icc
-        if not (name == "tiff" and bits == 16):
-            assert back.exif.get_ifd(image_files.EXIF_IFD)[width] == 14
+    if name == "bmp":
+        assert any("does not hold" in n and "EXIF" in n for n in notes)
+    else:
+        back = back.metadata
+        assert back.exif[0x010F] == "a maker" and back.icc == given.metadata.icc
+        assert back.exif.get_ifd(EXIF_IFD)[width] == 14 and not back.notes
 
 
 def test_transparent_pixels_take_visible_colors():

@@ -11,13 +11,15 @@ if TYPE_CHECKING:
     from tocsr.inference.pipeline import TOCSRPipeline
     from tocsr.core.config import get_profile
     from tocsr.core.store import run_stage
+    from tocsr.stages.compress import compress
 
-__all__ = ["TOCSRPipeline", "get_profile", "run_stage"]
+__all__ = ["TOCSRPipeline", "compress", "get_profile", "run_stage"]
 
 _DEFINITIONS = {  # name -> module:name of the definition, imported at first use
     "TOCSRPipeline": "tocsr.inference.pipeline:TOCSRPipeline",
     "get_profile": "tocsr.core.config:get_profile",
     "run_stage": "tocsr.core.store:run_stage",
+    "compress": "tocsr.stages.compress:compress",
     # components of pipelines: model_index.json names them as ["tocsr", class], and diffusers looks
     # for their base class, which tells it how to load them, in the same module
     "StagedUNet": "tocsr.models.staged_unet:StagedUNet",

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
-import sys
 import time
 from pathlib import Path
 from typing import Annotated
@@ -16,19 +14,39 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
+from .compress import compress_command
+from .evaluate import register_commands
+from tocsr.cli.terminal import (
+    ChoiceError,
+    accept_file_names,
+    check_number,
+    expand_home,
+    expand_inputs,
+    open_closed_streams,
+)
 from ..core.config import PROFILES, ProfileError
 
 # %% auto #0
-__all__ = ['PAPER_PANEL', 'app', 'Debug', 'Version', 'main']
+__all__ = ['PAPER_PANEL', 'app', 'Debug', 'Version', 'DEGRADED_FACTOR', 'main']
 
 # %% ../../nbs/tools/700_main.ipynb #87057b6c
 PAPER_PANEL = "Reproduction of the paper"  # heading of the second list of commands
 
 
+# what click raises for wrong arguments; newer versions of typer contain click
+_UsageError = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "UsageError")
+
+
+def _check_option(ctx, param, value):
+    "The value of an option; raises `ChoiceError` for a number that is not finite or too large."
+    check_number(param.opts[0], value)
+    return value
+
+
 class _Group(TyperGroup):
     """A list of commands in the order of their definition, under two headings.
 
-    An exception of a command is printed as one line."""
+    An exception of a command, and a wrong argument, is printed as one line."""
 
     def format_commands(self, ctx, formatter):
         panels: dict[str, list] = {"Commands": []}
@@ -41,11 +59,27 @@ class _Group(TyperGroup):
             with formatter.section(heading):
                 formatter.write_dl(rows)
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        for command in self.commands.values():
+            for p in command.params:
+                p.callback = p.callback or _check_option
+
+    def main(self, *args, **kwargs):
+        open_closed_streams()
+        accept_file_names()
+        return super().main(*args, **kwargs)
+
     def invoke(self, ctx):
         try:
             return super().invoke(ctx)
-        except (typer.Exit, typer.Abort, typer.BadParameter):
+        except (typer.Exit, typer.Abort):
             raise
+        except _UsageError as e:
+            where = f"tocsr {e.ctx.info_name}" if e.ctx and e.ctx.parent else "tocsr"
+            text = " ".join(e.format_message().split())
+            typer.echo(f"tocsr: {text} (see {where} --help)", err=True)
+            raise typer.Exit(2) from None
         except KeyboardInterrupt:
             typer.echo(
                 "tocsr: interrupted; finished results are kept, run the same command to continue",
@@ -93,8 +127,6 @@ def main(debug: Debug = False, version: Version = False):
 
 def _choice_error(text: str) -> Exception:
     "An error with exit code 2."
-    from tocsr.cli.reproduce import ChoiceError
-
     return ChoiceError(text)
 
 
@@ -104,23 +136,6 @@ def _warn_deprecated(flag: str, instead: str):
 
 # %% ../../nbs/tools/700_main.ipynb #950ed2e0
 DEGRADED_FACTOR = 8  # the consistency factor that --damaged stands for
-
-
-def _device(name: str):
-    "The device of that name; raises `ChoiceError` when torch cannot use it here."
-    import torch
-
-    from tocsr.core.runtime import pick_device
-
-    try:
-        device = pick_device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as e:
-        reason = " ".join(str(e).split())[:120]
-        raise _choice_error(
-            f"device {name!r} is not available here ({reason}); use auto or cpu"
-        ) from e
-    return device
 
 
 def _consistency(factor: int | None, *, clean: bool, weak: bool) -> int | None:
@@ -136,99 +151,17 @@ def _consistency(factor: int | None, *, clean: bool, weak: bool) -> int | None:
         factor = value
     return factor
 
-
-def _load_pipeline(model: str | None, device: str) -> tuple:
-    "A pipeline on a device, and the hash of its files."
-    from tocsr.core.files import file_hash
-    from tocsr.core.fingerprint import config_hash
-    from tocsr.inference.pipeline import TOCSRPipeline, model_folder
-
-    where = _device(device)
-    home = model_folder(model)
-    pipe = TOCSRPipeline.from_pretrained(home).to(where)
-    parts = [f for f in sorted(home.rglob("*")) if f.suffix in (".json", ".safetensors")]
-    return pipe, config_hash([file_hash(f) for f in parts])
-
-
-def _call_arguments(
-    pipe, *, scale: float | None, tile: int | None, consistency: int | None, **call
-) -> dict:
-    "Arguments of the pipeline's call; raises `ChoiceError` for what the model cannot do."
-    from tocsr.inference.tiling import MULTIPLE, OVERLAP
-
-    unit = MULTIPLE // pipe.scale
-    side = "auto" if tile is None else tile or None
-    overlap = min(OVERLAP, side // 2 // unit * unit) if isinstance(side, int) else OVERLAP
-    factor = pipe.config.consistency_factor if consistency is None else consistency
-    call |= dict(
-        scale=pipe.scale if scale is None else scale,
-        tile=side,
-        overlap=overlap,
-        consistency_factor=factor,
-    )
-    try:
-        pipe.check(**call)
-    except ValueError as e:
-        raise _choice_error(str(e)) from e
-    return call
-
-
-def _progress_bar(total: int):
-    """A progress bar, shown if stderr is a terminal, and a function that moves it to a fraction of
-    image i.
-    """
-    from tqdm import tqdm
-
-    style = "{percentage:3.0f}%|{bar}| {n:.1f} of {total} images [{elapsed}, {remaining} left]"
-    bar = tqdm(total=total, file=sys.stderr, disable=None, leave=False, bar_format=style)
-
-    def move(i: int, fraction: float):
-        bar.n = i + fraction
-        bar.refresh()
-
-    return bar, move
-
-
-def _report(o, *, quiet: bool, as_json: bool, bar):
-    "Print one result: as JSON, as a line on stdout, or, if it failed, on stderr."
-    from tocsr.inference.batch import result_json
-
-    with bar.external_write_mode(file=sys.stderr):
-        if as_json:
-            typer.echo(result_json(o))
-        elif o.status == "failed":
-            typer.echo(f"tocsr: {o.error}", err=True)
-        else:
-            size = f"{o.result[0]} x {o.result[1]} in {o.seconds:.1f} s" if o.result else ""
-            done = size or "there already"
-            notes = f" ({'; '.join(o.notes)})" if o.notes else ""
-            typer.echo(f"{o.output}: {done}{notes}", err=quiet)
-
-
-def _upscale_all(jobs: list, pipe, call: dict, *, quiet: bool, as_json: bool, **how) -> bool:
-    "Upscale, print each result and a summary, also when interrupted; True if none failed."
-    from tocsr.inference.batch import count_results, format_summary, upscale_files
-
-    start = time.perf_counter()
-    outcomes = []
-    bar, move = _progress_bar(len(jobs))
-
-    def upscaler(x, progress):
-        return pipe.upscale_tensor(x[None], progress=progress, **call)[0]
-
-    try:
-        for o in upscale_files(jobs, upscaler, call["scale"], progress=move, **how):
-            outcomes.append(o)
-            _report(o, quiet=quiet, as_json=as_json, bar=bar)
-    finally:
-        bar.close()
-        s = count_results(outcomes, len(jobs), time.perf_counter() - start)
-        typer.echo(json.dumps(dict(summary=s)) if as_json else format_summary(s), err=not as_json)
-    return not s["failed"]
-
 # %% ../../nbs/tools/700_main.ipynb #efb88a76
 Images = Annotated[list[str], typer.Argument(help="Images, folders, patterns, or - for stdin.")]
-Output = Annotated[str, typer.Option("--out", "-o", help="A file, a folder, or - for stdout.")]
+Output = Annotated[
+    str | None,
+    typer.Option(
+        "--out",
+        "-o",
+        help="A file, a folder, or - for stdout; default: photo_x4.jpg beside photo.jpg, "
+        "photos_x4 beside the folder photos.",
+    ),
+]
 ModelName = Annotated[
     str | None,
     typer.Option(
@@ -236,7 +169,14 @@ ModelName = Annotated[
     ),
 ]
 Scale = Annotated[
-    float | None, typer.Option(help="Upscaling factor; default and largest value: the model's.")
+    float | None,
+    typer.Option(
+        "--scale",
+        "--outscale",
+        "-s",
+        help="Upscaling factor; default: the model's, 4. Above it, up to 16, the image is "
+        "upscaled twice; other factors end with a bicubic reduction.",
+    ),
 ]
 Consistency = Annotated[
     int | None,
@@ -248,6 +188,15 @@ Consistency = Annotated[
 ]
 Strength = Annotated[float, typer.Option(help="From 0, bicubic, to 1, the model's result.")]
 Seed = Annotated[int, typer.Option(help="Random seed of the starting noise.")]
+Precision = Annotated[str, typer.Option("--dtype", help="fp32, bf16, or fp16 on a GPU.")]
+CpuThreads = Annotated[
+    int | None,
+    typer.Option(
+        "--threads",
+        min=1,
+        help="CPU threads; default: $OMP_NUM_THREADS, else one per core that is free.",
+    ),
+]
 Tile = Annotated[
     int | None,
     typer.Option(
@@ -267,7 +216,11 @@ Quality = Annotated[
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")]
 MaxMegapixels = Annotated[
     float | None,
-    typer.Option(min=0.001, help="Refuse larger inputs, in million pixels; default: 40."),
+    typer.Option(
+        min=0.001,
+        help="Refuse larger inputs, in million pixels; default: 40. Above factor 4, as many as "
+        "make an equally large result.",
+    ),
 ]
 JsonLines = Annotated[
     bool, typer.Option("--json", help="Print one line of JSON per image and a summary.")
@@ -280,13 +233,15 @@ WeakConsistency = Annotated[bool, typer.Option("--damaged", hidden=True)]
 def upscale(
     ctx: typer.Context,
     inputs: Images,
-    out: Output,
+    out: Output = None,
     scale: Scale = None,
     consistency: Consistency = None,
     strength: Strength = 1.0,
     seed: Seed = 0,
     tile: Tile = None,
     device: Device = "auto",
+    dtype: Precision = "fp32",
+    threads: CpuThreads = None,
     steps: Steps = 1,
     model: ModelName = None,
     format: Format = None,
@@ -298,55 +253,31 @@ def upscale(
     weak: WeakConsistency = False,
 ):
     "Upscale images. Exit code 0: all done, 1: some failed, 2: wrong arguments, 130: interrupted."
-    from tocsr.inference import batch, image_files
+    from tocsr.cli.upscale import default_output, run_upscale
 
-    if as_json and out == "-":
-        raise _choice_error("--json and -o - both want standard output")
-    _accept_any_file_name()
-    factor = _consistency(consistency, clean=clean, weak=weak)
-    reading = _reading_options(quality, max_mpixel)
-    sampling = dict(strength=strength, num_inference_steps=steps)
-    try:
-        jobs = batch.plan_jobs(inputs, out, format)
-        pipe, model_hash = _load_pipeline(model, device)
-        call = _call_arguments(pipe, scale=scale, tile=tile, consistency=factor, **sampling)
-        call["seed"] = seed
-        settings = call | dict(model=model_hash, quality=reading["quality"])
-        log = _result_log(jobs, out)
-        done = batch.finished_jobs(jobs, log, settings, overwrite)
-    except image_files.UsageError as e:
-        raise _choice_error(str(e)) from e
-    how = dict(log=log, done=done, settings=settings, debug=ctx.find_root().params["debug"])
-    if not _upscale_all(jobs, pipe, call, quiet=out == "-", as_json=as_json, **reading, **how):
+    inputs = expand_inputs(inputs)
+    done = run_upscale(
+        inputs,
+        default_output(inputs) if out is None else expand_home(out),
+        scale=scale,
+        consistency=_consistency(consistency, clean=clean, weak=weak),
+        strength=strength,
+        seed=seed,
+        num_inference_steps=steps,
+        tile=tile,
+        model=expand_home(model),
+        device=device,
+        dtype=dtype,
+        threads=threads,
+        format=format,
+        quality=quality,
+        overwrite=overwrite,
+        max_mpixel=max_mpixel,
+        as_json=as_json,
+        debug=ctx.find_root().params["debug"],
+    )
+    if not done:
         raise typer.Exit(1)
-
-
-def _accept_any_file_name():
-    "Let stdout and stderr print file names that are not valid UTF-8."
-    for stream in (sys.stdout, sys.stderr):
-        if stream is not None:  # closed by the caller
-            stream.reconfigure(errors="backslashreplace")
-
-
-def _reading_options(quality: int | None, max_mpixel: float | None) -> dict:
-    "Quality and the largest number of pixels; raises `ChoiceError` for too large a number."
-    from tocsr.inference.image_files import DEFAULT_QUALITY, MAX_MEGAPIXELS
-
-    pixels = (max_mpixel or MAX_MEGAPIXELS) * 10**6
-    if not pixels < 2**63:
-        raise _choice_error(f"--max-mpixel {max_mpixel:g} is too large")
-    return dict(quality=quality or DEFAULT_QUALITY, max_pixels=int(pixels))
-
-
-def _result_log(jobs: list, out: str):
-    "The log of the results folder, which is created; None for standard output."
-    from tocsr.inference import batch
-
-    if out == "-":
-        return None
-    folder = Path(out) if jobs[0].target != Path(out) else Path(out).parent
-    batch.make_folder(folder)
-    return batch.ResultLog(folder)
 
 # %% ../../nbs/tools/700_main.ipynb #0c02a1c1
 ModelJson = Annotated[
@@ -363,7 +294,7 @@ def info(model: ModelName = None, as_json: ModelJson = False):
     from tocsr.inference.model_info import model_info
     from tocsr.inference.pipeline import TOCSRPipeline, model_folder
 
-    home = model_folder(model)
+    home = model_folder(expand_home(model))
     i = model_info(TOCSRPipeline.from_pretrained(home))
     if as_json:
         return typer.echo(json.dumps(dict(folder=str(home), **asdict(i)), indent=1))
@@ -384,209 +315,15 @@ def info(model: ModelName = None, as_json: ModelJson = False):
     ]
     typer.echo(align_columns(rows))
 
-# %% ../../nbs/tools/700_main.ipynb #3029dd18
-def _columns_of(rows: list[dict]) -> str:
-    """Rows in aligned columns, means with their intervals; numbered notes below say why a value is
-    missing.
-    """
-    from tocsr.cli.reproduce import align_columns
-    from tocsr.evaluation.plots import markdown_table
+# %% ../../nbs/tools/700_main.ipynb #c0395e55
+app.command("compress")(compress_command)
 
-    text, *notes = markdown_table(rows).split("\n\n", 1)
-    lines = [line for line in text.splitlines() if not line.startswith("|---")]
-    cells = [tuple(c.strip() for c in line.strip("|").split(" | ")) for line in lines]
-    return "\n".join([align_columns(cells), *(n.strip() for n in notes)])
-
-
-def _crop(text: str) -> tuple[int, tuple[int, int, int]]:
-    "Image index and crop of NUMBER:LEFT,TOP,SIDE; raises `ChoiceError` for anything else."
-    m = re.fullmatch(r"(\d+):(\d+),(\d+),(\d+)", text.replace(" ", ""))
-    if not m or m[1] == "0":
-        raise _choice_error(f"--crop {text!r}: write NUMBER:LEFT,TOP,SIDE, as in 1:128,64,128")
-    number, left, top, side = map(int, m.groups())
-    return number - 1, (left, top, side)
-
-
-def _draw_grid(file: Path, dataset, models: list, *, cases: list, dtype: str):
-    "Write a comparison grid of all models' results to a file."
-    from tocsr.core.files import write_atomic
-    from tocsr.evaluation.plots import figure_bytes
-    from tocsr.evaluation.sr_figures import center_crops, comparison_grid
-
-    fig = comparison_grid(dataset, models, cases or center_crops(dataset), dtype=dtype)
-    kind = file.suffix.lower().lstrip(".").replace("jpg", "jpeg")
-    write_atomic(file, figure_bytes(fig, kind, dpi=150))
-    typer.echo(f"wrote {file}", err=True)
-
-
-def _known(what: str, given: list[str], valid) -> None:
-    "Raise `ChoiceError` for a name that is not among `valid`."
-    for name in given:
-        if name not in valid:
-            raise _choice_error(f"unknown {what} {name!r}; choose from {', '.join(valid)}")
-
-
-TestSetName = Annotated[
-    str,
-    typer.Option(help="Set5, Set14, BSD100, Urban100, degraded, DIV2K-Val, RealSR or DRealSR."),
-]
-TestSetRoot = Annotated[
-    Path | None,
-    typer.Option(
-        help="Folder with the set; for degraded: the folder filled by fetch-photos; "
-        "default: $TOCSR_DATA."
-    ),
-]
-Methods = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="bicubic, span, animevideov3, x4plus, general, general_wdn, tocsr, tocsr_weak, "
-        "the folder of a saved pipeline or the file of a regression network; may be "
-        "repeated; default: every named method."
-    ),
-]
-MetricNames = Annotated[str, typer.Option(help="Names of metrics, separated by commas.")]
-Limit = Annotated[int | None, typer.Option(min=1, help="Use the first N images only.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads of every method.")]
-DType = Annotated[str, typer.Option(help="fp32 or bf16.")]
-Unverified = Annotated[
-    bool,
-    typer.Option("--unverified", help="degraded: accept images whose pixel hashes differ."),
-]
-Download = Annotated[
-    bool, typer.Option("--download", help="Set5 to Urban100: download missing images.")
-]
-GridFile = Annotated[
-    Path | None,
-    typer.Option("--save-grid", help="Draw all results side by side into a .png, .jpg or .pdf."),
-]
-Crops = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="Crop for the grid: NUMBER:LEFT,TOP,SIDE in pixels of HR image NUMBER, from 1; may "
-        "be repeated; default: the centers of the first five images."
-    ),
-]
-AllJson = Annotated[
-    bool, typer.Option("--json", help="Print the result with all values per image as JSON.")
-]
-Strip = Annotated[Path | None, typer.Option("--strip", hidden=True)]
-
-
-@app.command("eval")
-def eval_command(
-    dataset: TestSetName,
-    root: TestSetRoot = None,
-    model: Methods = None,
-    metrics: MetricNames = "psnry,ssim,stlpips,niqe",
-    limit: Limit = None,
-    threads: Threads = None,
-    dtype: DType = "fp32",
-    unverified: Unverified = False,
-    download: Download = False,
-    save_grid: GridFile = None,
-    crop: Crops = None,
-    as_json: AllJson = False,
-    strip: Strip = None,
-):
-    "Measure upscaling methods on a test set; an interrupted evaluation continues where it stopped."
-    from tocsr.evaluation.methods import NAMED_METHODS, open_method
-    from tocsr.evaluation.metrics import METRICS
-    from tocsr.evaluation.runner import evaluate_on_test_set
-    from tocsr.evaluation.test_sets import TEST_SETS, open_test_set
-
-    if strip:
-        _warn_deprecated("--strip", "--save-grid")
-        save_grid = save_grid or strip
-    names = [n.strip() for n in metrics.split(",") if n.strip()]
-    _known("test set", [dataset], TEST_SETS)
-    _known("metric", names, METRICS)
-    if not names:
-        raise _choice_error(f"no metric given; choose from {', '.join(METRICS)}")
-    cases = _grid_crops(save_grid, crop or [])
-    models = [open_method(m) for m in model or NAMED_METHODS]
-    chosen = open_test_set(dataset, root, verify=not unverified, download=download)
-    chosen = chosen.first(limit) if limit else chosen
-    result = evaluate_on_test_set(models, chosen, names, threads=threads, dtype=dtype)
-    if save_grid:
-        _draw_grid(save_grid, chosen, models, cases=cases, dtype=dtype)
-    typer.echo(json.dumps(result, indent=1) if as_json else _evaluation_text(result, dtype))
-
-
-def _grid_crops(file: Path | None, crops: list[str]) -> list:
-    "Crops that the comparison grid shows; raises `ChoiceError` for a wrong crop or file name."
-    cases = [_crop(c) for c in crops]
-    if file and file.suffix.lower() not in (".png", ".jpg", ".jpeg", ".pdf"):
-        raise _choice_error(f"--save-grid {file}: choose a name that ends in .png, .jpg or .pdf")
-    if cases and not file:
-        raise _choice_error("--crop selects what --save-grid shows: give both")
-    return cases
-
-
-def _evaluation_text(result: dict, dtype: str) -> str:
-    "The result of an evaluation as a table with a heading."
-    from tocsr.evaluation.runner import result_table
-
-    p = result["protocol"]
-    part = "" if result["whole"] else " (a part of the set)"
-    return (
-        f"{result['set']}, {len(result['images'])} images{part}, {result['degradation']}, "
-        f"x{result['scale']}; {p['threads']} thread(s), {dtype}, {p['machine']['cpu']}\n"
-        f"seconds: median per image, {p['scope']}\n\n{_columns_of(result_table(result))}"
-    )
-
-# %% ../../nbs/tools/700_main.ipynb #e6d2a565
-BenchMethods = Annotated[
-    list[str] | None, typer.Option(help="As in eval; ratios refer to the first one.")
-]
-Sizes = Annotated[str, typer.Option(help="Sides of the LR image, separated by commas.")]
-ThreadCounts = Annotated[str, typer.Option(help="CPU threads, separated by commas.")]
-DTypes = Annotated[str, typer.Option(help="fp32, bf16, or both separated by a comma.")]
-Repeats = Annotated[int, typer.Option(min=1, help="Timed calls; their median is reported.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-
-
-def _numbers(text: str, what: str) -> list[int]:
-    "Positive whole numbers separated by commas; raises `ChoiceError` for anything else."
-    parts = text.split(",")
-    if not all(p.strip().isdigit() and int(p) for p in parts):
-        raise _choice_error(f"{what} {text!r}: give whole numbers above 0, separated by commas")
-    return [int(p) for p in parts]
-
-
-@app.command("bench")
-def bench_command(
-    model: BenchMethods = None,
-    sizes: Sizes = "128",
-    threads: ThreadCounts = "1",
-    dtype: DTypes = "fp32",
-    repeats: Repeats = 3,
-    as_json: Json = False,
-):
-    "Time upscaling methods side by side on this machine's CPU."
-    from tocsr.core.store import machine
-    from tocsr.evaluation.methods import DTYPES, NAMED_METHODS
-    from tocsr.evaluation.speed import bench_methods
-
-    kinds = [d.strip() for d in dtype.split(",")]
-    _known("dtype", kinds, DTYPES)
-    rows = bench_methods(
-        model or NAMED_METHODS,
-        sizes=_numbers(sizes, "sizes"),
-        threads=_numbers(threads, "threads"),
-        dtypes=kinds,
-        repeats=repeats,
-    )
-    if as_json:
-        return typer.echo(json.dumps(dict(machine=machine(), rows=rows), indent=1))
-    typer.echo(
-        f"{machine()['cpu']}; median of {repeats} warm calls, methods in turns, one image per "
-        "call, from LR tensor to SR tensor with autoencoder, without loading and files\n\n"
-        f"{_columns_of(rows)}"
-    )
+# %% ../../nbs/tools/700_main.ipynb #4bed42df
+register_commands(app)
 
 # %% ../../nbs/tools/700_main.ipynb #085099c9
 _PROFILES = ", ".join(PROFILES)
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def _set_time_limit(text: str):
@@ -632,9 +369,19 @@ SaveOutputs = Annotated[
 ]
 
 
+Way = Annotated[
+    str,
+    typer.Option(
+        help="paper (the paper's choice at every step) or ours; default: paper for profile paper, "
+        "ours for the others."
+    ),
+]
+
+
 @app.command("reproduce", rich_help_panel=PAPER_PANEL)
 def reproduce_command(
     profile: ProfileName = "",
+    way: Way = "",
     only: Only = None,
     first: First = None,
     force: Force = False,
@@ -646,14 +393,14 @@ def reproduce_command(
 ):
     "Run the notebooks in order; report time, memory, files, and the comparison with the paper."
     from tocsr.cli import reproduce
-    from tocsr.core.config import get_profile
+    from tocsr.core.config import default_way, requested_profile
 
     if time_limit:
         _set_time_limit(time_limit)
     source = str(Path(data_dir).expanduser().resolve()) if data_dir else ""
-    p = get_profile(profile, **(dict(data=dict(source=source)) if source else {}))
+    p = requested_profile(profile, way, source)
     root = reproduce.repository()
-    if save and p.name != "cpu":
+    if save and (p.name != "cpu" or p.way != default_way(p.name)):
         raise _choice_error(f"the committed notebooks show profile cpu, not {p.name}")
     options = dict(only=only, first=first, force=force, data_dir=source, out=out)
     options["parameters"] = dict(map(reproduce.parse_parameter, parameter or []))
@@ -670,12 +417,17 @@ def reproduce_command(
         typer.echo(f"nbs/{o.name}.ipynb: {size / 1e6:.2f} MB with outputs")
 
 
-Devices = Annotated[int, typer.Option("--gpus", min=1, help="Devices, one process each.")]
-DeviceMemory = Annotated[float, typer.Option(help="Memory of each device in GiB.")]
+Devices = Annotated[
+    int | None,
+    typer.Option("--gpus", min=1, help="GPUs, one process each; default: this machine."),
+]
+DeviceMemory = Annotated[
+    float | None, typer.Option(help="Memory of each GPU in GiB; default: this machine's.")
+]
 TeacherFolder = Annotated[
     str,
     typer.Option(
-        help="Diffusers folder of the teacher; its config.json files are enough; default: the "
+        help="Diffusers folder (config.json files are enough) or hub name; default: the "
         "profile's architecture."
     ),
 ]
@@ -688,34 +440,25 @@ TeraFlops = Annotated[
 
 @app.command(rich_help_panel=PAPER_PANEL)
 def plan(
-    gpus: Devices,
-    gpu_memory: DeviceMemory,
+    gpus: Devices = None,
+    gpu_memory: DeviceMemory = None,
     teacher: TeacherFolder = "",
     profile: PlannedProfile = "paper",
     tflops: TeraFlops = None,
     as_json: Json = False,
 ):
     "Estimate steps, memory and hours of every stage before a run."
-    from tocsr.cli.plan import make_plan, plan_heading, plan_json, plan_rows
+    from tocsr.cli.plan import plan_heading, plan_json, plan_rows, plan_run
     from tocsr.cli.reproduce import align_columns
     from tocsr.core.config import get_profile
-    from tocsr.core.runtime import pick_device
-    from tocsr.evaluation.training_speed import training_rate
 
-    if tflops is None:
-        device = pick_device().type
-        rate = training_rate(device=device) / 1e12
-        source = f"measured here: the nano UNet's training on {device}"
-    else:
-        rate = tflops
-        source = "stated"
-    made = make_plan(
+    made = plan_run(
         get_profile(profile),
+        teacher or None,
         gpus=gpus,
         gpu_memory_gib=gpu_memory,
-        tflops=rate,
-        rate=source,
-        teacher=teacher or None,
+        tflops=tflops,
+        log=lambda message: typer.echo(message, err=True),
     )
     text = f"{plan_heading(made)}\n\n{align_columns(plan_rows(made))}"
     typer.echo(plan_json(made) if as_json else text)

@@ -6,28 +6,34 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+import math
+import re
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from unittest.mock import patch
 
 import torch
-import torch.nn.functional as F
-from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, ModelMixin, UNet2DConditionModel
 from torch import Tensor, nn
 
-from ..core.config import Profile
+from ..core.config import Profile, share_batch
+from ..core.store import machine
 from ..models.architecture import PAPER_ARCHITECTURE, Architecture, StageError
 from ..models.autoencoder import LowResAutoencoder, latent_factor
-from ..models.complexity import count_macs, count_params
+from ..models.complexity import activation_bytes, count_macs, count_params, pass_seconds
 from ..models.diffusion import unet_config
 from ..models.staged_unet import StagedUNet, capture_stage_io, split_into_stages
 from ..models.surrogates import SurrogateLibrary, assemble, build_library, stage_options
+from ..search.parallel import evaluations_per_process
 from ..search.tabular import parse_subspace
 
 # %% auto #0
-__all__ = ['TRAINING_BYTES', 'EMA_BYTES', 'WEIGHT_BYTES', 'activation_bytes', 'Part', 'compact_network', 'count_parts',
-           'StagePlan', 'Plan', 'make_plan', 'plan_rows', 'plan_heading', 'plan_json']
+__all__ = ['TRAINING_BYTES', 'EMA_BYTES', 'DDP_BYTES', 'WEIGHT_BYTES', 'PROCESS_BYTES', 'CHAIN', 'COMPARISONS',
+           'MEAN_ARCHITECTURE', 'Part', 'compact_network', 'Networks', 'bare_networks', 'count_parts', 'Rates',
+           'measure_rates', 'apply_rates', 'Phase', 'StagePlan', 'Plan', 'Machine', 'make_plan', 'this_machine',
+           'plan_run', 'device_memory_gib', 'planned_stages', 'plan_stage', 'stage_phases', 'plan_rows', 'plan_heading',
+           'plan_json']
 
 # %% ../../nbs/tools/704_plan.ipynb #fcd706d7
 class PlanError(ValueError):
@@ -54,6 +60,25 @@ def _read_config(folder: Path, part: str, kind: type) -> dict | None:
     raise PlanError(f"{file} describes a {name}, not a {kind.__name__}")
 
 
+def _find_config(source: str | Path, part: str, kind: type) -> dict | None:
+    "`_read_config` of a folder, or the configuration of a hub name. Raises `PlanError`."
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return _read_config(folder, part, kind)
+    if not _HUB_NAME.fullmatch(str(source)):
+        raise PlanError(f"no such folder: {source}")
+    try:
+        return dict(kind.load_config(str(source), subfolder=part))
+    except OSError as e:
+        reason = str(e).splitlines()[0]
+        raise PlanError(
+            f"no such folder, and the hub's {source} cannot be read ({reason}); download it first"
+        ) from e
+
+
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")  # owner/name
+
+
 def bare_teacher(profile: Profile, path: str | Path | None = None) -> StagedUNet:
     """The expanded teacher on the meta device, from a diffusers folder with a config.json or from
     the profile.
@@ -62,10 +87,7 @@ def bare_teacher(profile: Profile, path: str | Path | None = None) -> StagedUNet
     channels = profile.autoencoder.channels
     config = unet_config(profile.unet, channels)
     if path:
-        folder = Path(path).expanduser()
-        if not folder.is_dir():
-            raise PlanError(f"no such folder: {path}")
-        config = _read_config(folder, "unet", UNet2DConditionModel)
+        config = _find_config(path, "unet", UNet2DConditionModel)
         if config is None:
             raise PlanError(
                 f"{path} has no unet/config.json and no config.json of a UNet2DConditionModel; "
@@ -79,7 +101,7 @@ def bare_teacher(profile: Profile, path: str | Path | None = None) -> StagedUNet
 def bare_autoencoder(profile: Profile, path: str | Path | None = None) -> nn.Module:
     "The autoencoder on the meta device, from the folder's vae/config.json or from the profile."
     channels = profile.autoencoder.channels
-    config = _read_config(Path(path).expanduser(), "vae", AutoencoderKL) if path else None
+    config = _find_config(path, "vae", AutoencoderKL) if path else None
     with torch.device("meta"):
         if config:
             return AutoencoderKL.from_config({**config, "latent_channels": channels})
@@ -95,50 +117,10 @@ def bare_autoencoder(profile: Profile, path: str | Path | None = None) -> nn.Mod
             latent_channels=channels,
         )
 
-# %% ../../nbs/tools/704_plan.ipynb #afc5d09f
-class _FusedAttention(torch.autograd.Function):
-    "Saves the tensors that a fused kernel keeps for its backward pass."
-
-    @staticmethod
-    def forward(ctx, q, k, v):
-        out = q.new_empty(*q.shape[:-1], v.shape[-1])
-        ctx.save_for_backward(q, k, v, out)
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        raise PlanError("this attention counts memory and has no backward pass")
-
-
-def _attention_on_meta(q: Tensor, k: Tensor, v: Tensor, *args, **kwargs) -> Tensor:
-    "Takes the place of `scaled_dot_product_attention`."
-    return _FusedAttention.apply(q, k, v)
-
-
-def activation_bytes(
-    module: nn.Module,  # on the meta device
-    *inputs,
-    half: bool = False,  # floating-point tensors at two bytes
-) -> int:
-    "Bytes that the backward pass of `module(*inputs)` needs of its forward pass."
-    own = {p.untyped_storage()._cdata for p in module.parameters()}
-    kept = {}  # storage -> tensor, so that it stays alive, and bytes
-
-    def pack(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if storage._cdata not in own:
-            divisor = 2 if half and t.is_floating_point() else 1
-            kept[storage._cdata] = (t, storage.nbytes() // divisor)
-        return t
-
-    attention = patch.object(F, "scaled_dot_product_attention", _attention_on_meta)
-    with attention, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        module(*inputs)
-    return sum(n for _, n in kept.values())
-
-
+# %% ../../nbs/tools/704_plan.ipynb #7e89f9a6
 TRAINING_BYTES = 16  # per parameter: weight, gradient, AdamW's two moments
 EMA_BYTES = 4  # per parameter: moving average
+DDP_BYTES = 4  # per parameter: buckets of gradients, with several processes
 WEIGHT_BYTES = 4  # per parameter: weight alone
 
 # %% ../../nbs/tools/704_plan.ipynb #7562a26e
@@ -149,14 +131,9 @@ class Part:
     macs: int  # of a forward pass of one sample
     params: int
     kept: int  # bytes kept for the backward pass of one sample
-
-
-def _measure_part(module: nn.Module, inputs: tuple, half: bool) -> Part:
-    return Part(
-        count_macs(module, *inputs),
-        count_params(module),
-        activation_bytes(module, *inputs, half=half),
-    )
+    kept_once: int = 0  # bytes kept whatever the batch
+    forward_s: float | None = None  # seconds of a forward pass of one sample; None: not measured
+    training_s: float | None = None  # of forward and backward pass
 
 
 class _Encoder(nn.Module):
@@ -190,6 +167,15 @@ def compact_network(teacher: StagedUNet, library: SurrogateLibrary) -> StagedUNe
     return assemble(teacher, library, Architecture(tuple(smallest)))
 
 
+def _resize(x, batch: int):
+    "Nested tuples of meta tensors with another batch size."
+    if isinstance(x, tuple):
+        return tuple(_resize(v, batch) for v in x)
+    if not isinstance(x, Tensor):
+        return x
+    return torch.empty(batch, *x.shape[1:], dtype=x.dtype, device="meta")
+
+
 def _tensors(x) -> list[Tensor]:
     "All tensors in nested tuples."
     if isinstance(x, Tensor):
@@ -197,52 +183,219 @@ def _tensors(x) -> list[Tensor]:
     return [t for v in x for t in _tensors(v)] if isinstance(x, tuple) else []
 
 
-def count_parts(
-    profile: Profile, path: str | Path | None = None
-) -> tuple[dict[str, Part], SurrogateLibrary, StagedUNet]:
-    """Parts by name, and library and teacher without weights.
+@dataclass(frozen=True)
+class Networks:
+    "The networks of a profile on the meta device, and inputs of one sample."
 
-    Names are `teacher`, `compact`, `encoder`, `decoder`, `features` (inputs and outputs of all
-    stages) and one per surrogate (`E1 RA`). Raises `PlanError` for a UNet that cannot be split."""
+    teacher: StagedUNet
+    compact: StagedUNet
+    library: SurrogateLibrary
+    encoder: nn.Module
+    decoder: nn.Module
+    inputs: tuple  # of teacher and compact network
+    image: Tensor  # (1, 3, h, w)
+    features: dict  # stage -> inputs and outputs in the teacher
+
+    @property
+    def latent(self) -> Tensor:
+        "(1, c, h/f, w/f)."
+        return self.inputs[0]
+
+
+def bare_networks(
+    profile: Profile,
+    source: str | Path | None = None,  # diffusers folder or hub name of the teacher
+) -> Networks:
+    "Networks without weights. Raises `PlanError` for a UNet that cannot be split."
     try:
-        teacher = bare_teacher(profile, path)
+        teacher = bare_teacher(profile, source)
     except StageError as e:
-        raise PlanError(f"the UNet of {path} cannot be split into stages: {e}") from e
-    vae = bare_autoencoder(profile, path)
-    half = profile.mixed_precision != "no"
-    channels = profile.autoencoder.channels
-    patch_side = profile.data.patch
-    side = patch_side // latent_factor(vae)
+        raise PlanError(f"the UNet of {source} cannot be split into stages: {e}") from e
+    vae = bare_autoencoder(profile, source)
+    patch = profile.data.patch
+    side = patch // latent_factor(vae)
     with torch.device("meta"):
         library = build_library(teacher)
-        z = torch.empty(1, channels, side, side)
-        x = torch.empty(1, 3, patch_side, patch_side)
-        context = torch.empty(1, 1, teacher.config.cross_attention_dim)  # one token: no text
+        z = torch.empty(1, profile.autoencoder.channels, side, side)
+        context = torch.empty(1, profile.unet.context_tokens, teacher.config.cross_attention_dim)
         inputs = (z, torch.zeros(1, dtype=torch.long), context)
+        image = torch.empty(1, 3, patch, patch)
         with torch.no_grad():
             features = capture_stage_io(teacher, *inputs)
+    return Networks(
+        teacher,
+        compact_network(teacher, library),
+        library,
+        _Encoder(vae),
+        _Decoder(vae),
+        inputs=inputs,
+        image=image,
+        features=features,
+    )
+
+
+def _measure_part(
+    module: nn.Module, inputs: tuple, *, device: str, precision: str, checkpointing: bool
+) -> Part:
+    options = dict(device=device, precision=precision, checkpointing=checkpointing)
+    one, two = (activation_bytes(module, *_resize(inputs, n), **options) for n in (1, 2))
+    return Part(
+        count_macs(module, *inputs),
+        count_params(module),
+        kept=two - one,
+        kept_once=max(0, 2 * one - two),
+    )
+
+
+def count_parts(
+    profile: Profile,
+    networks: Networks,
+    device: str = "cuda",  # kind of device that memory is counted for
+) -> dict[str, Part]:
+    """Costs by name: `teacher`, `compact`, `encoder`, `decoder`, `features` (inputs and outputs of
+    all stages) and one per surrogate (`E1 RA`)."""
+    n = networks
+    options = dict(device=device, precision=profile.mixed_precision)
+    trained = options | dict(checkpointing=profile.gradient_checkpointing)
+    with torch.device("meta"):
+        whole = UNet2DConditionModel.from_config(dict(n.teacher.config.unet))
     parts = {
-        "teacher": _measure_part(teacher, inputs, half),
-        "compact": _measure_part(compact_network(teacher, library), inputs, half),
-        "encoder": _measure_part(_Encoder(vae), (x,), half),
-        "decoder": _measure_part(_Decoder(vae), (z,), half),
+        "teacher": _measure_part(whole, n.inputs, **trained),
+        "compact": _measure_part(n.compact, n.inputs, **trained),
+        "encoder": _measure_part(n.encoder, (n.image,), **trained),
+        "decoder": _measure_part(n.decoder, (n.latent,), **trained),
     }
+    half = profile.mixed_precision != "no"
     storages = {
         t.untyped_storage()._cdata: t.untyped_storage().nbytes() // (1 + half)
-        for t in _tensors(tuple(features.values()))
+        for t in _tensors(tuple(n.features.values()))
     }
     parts["features"] = Part(0, 0, sum(storages.values()))
-    for stage, design, surrogate in library:
-        parts[f"{stage} {design}"] = _measure_part(surrogate, features[stage][0], half)
-    return parts, library, teacher
+    for stage, design, surrogate in n.library:  # FwKD uses no gradient checkpointing
+        parts[f"{stage} {design}"] = _measure_part(
+            surrogate, n.features[stage][0], checkpointing=False, **options
+        )
+    return parts
+
+# %% ../../nbs/tools/704_plan.ipynb #67684dd0
+@dataclass(frozen=True)
+class Rates:
+    "Seconds of the passes of one sample on a device."
+
+    passes: dict[str, tuple[float, float]]  # part -> forward, forward and backward
+    update_s: float  # of the optimizer, per parameter
+    device: str  # kind of device
+
+
+def _optimizer_seconds(device: torch.device, numel: int = 2**24) -> float:
+    "Seconds of an AdamW step with gradient clipping and moving average, per parameter."
+    w = nn.Parameter(torch.zeros(numel, device=device))
+    w.grad = torch.full_like(w, 1e-3)
+    average = torch.zeros_like(w)
+    optimizer = torch.optim.AdamW([w], lr=1e-5, fused=device.type in ("cpu", "cuda"))
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        nn.utils.clip_grad_norm_([w], 1.0)
+        optimizer.step()
+        average.lerp_(w.detach(), 1e-3)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return min(times) / numel
+
+
+def measure_rates(
+    profile: Profile,
+    networks: Networks,
+    device: torch.device | str = "cpu",
+    batch: int = 1,  # samples of a pass
+    log: Callable[[str], None] = lambda message: None,
+) -> Rates:
+    "Measure passes of the teacher's and the compact network's stages, encoder, decoder; optimizer."
+    device = torch.device(device)
+    n = networks
+    options = dict(device=device, precision=profile.mixed_precision)
+    ckpt = profile.gradient_checkpointing
+
+    def measure(name: str, module: nn.Module, inputs: tuple) -> tuple[float, float]:
+        seconds = pass_seconds(module, *_resize(inputs, batch), checkpointing=ckpt, **options)
+        log(f"{name}: {seconds[0]:.3g} s forward, {seconds[1]:.3g} s forward and backward")
+        return tuple(s / batch for s in seconds)
+
+    passes = {
+        "encoder": measure("encoder", n.encoder, (n.image,)),
+        "decoder": measure("decoder", n.decoder, (n.latent,)),
+    }
+    for stage, module in n.teacher.stages.items():
+        passes[f"teacher {stage}"] = measure(
+            f"teacher {stage}", _CheckpointedStage(module), n.features[stage][0]
+        )
+    for stage, module in n.compact.stages.items():
+        own = module is n.teacher.stages[stage]
+        name = f"compact {stage}"
+        passes[name] = (
+            passes[f"teacher {stage}"]
+            if own
+            else measure(name, _CheckpointedStage(module), n.features[stage][0])
+        )
+    for net in ("teacher", "compact"):
+        stages = [v for k, v in passes.items() if k.startswith(f"{net} ")]
+        passes[net] = tuple(map(sum, zip(*stages)))
+    return Rates(passes, _optimizer_seconds(device), device.type)
+
+
+class _CheckpointedStage(ModelMixin):
+    "A stage with the gradient checkpointing of a `StagedUNet`."
+
+    _supports_gradient_checkpointing = True
+
+    def __init__(self, stage: nn.Module):
+        super().__init__()
+        self.stage = stage
+
+    def forward(self, *args):
+        return self.stage(*args)
+
+
+def apply_rates(parts: dict[str, Part], networks: Networks, rates: Rates) -> dict[str, Part]:
+    "Copy parts with measured seconds."
+    out = {}
+    for name, part in parts.items():
+        seconds = rates.passes.get(name)
+        if seconds is None and name != "features":
+            stage = name.split()[0]
+            own = networks.teacher.stages[stage]
+            macs = count_macs(own, *networks.features[stage][0])
+            seconds = tuple(s * part.macs / macs for s in rates.passes[f"teacher {stage}"])
+        forward_s, training_s = seconds or (0.0, 0.0)
+        out[name] = replace(part, forward_s=forward_s, training_s=training_s)
+    return out
 
 # %% ../../nbs/tools/704_plan.ipynb #62e795b4
+@dataclass(frozen=True)
+class Phase:
+    "A training, or passes without gradient."
+
+    name: str
+    steps: int  # optimizer steps; passes for one without training
+    batch: int  # samples per process and step
+    training: tuple[tuple[str, float], ...] = ()  # (part, passes per sample) with gradient
+    forward: tuple[tuple[str, float], ...] = ()  # without gradient
+    trained: int = 0  # parameters with gradient and optimizer
+    ema: bool = False
+    frozen: int = 0  # further parameters on the device
+    kept: int = 0  # bytes per sample
+    kept_once: int = 0  # bytes whatever the batch
+    divided: bool = True  # among the processes
+
+
 @dataclass(frozen=True)
 class StagePlan:
     "Cost of one stage."
 
     stage: str
-    steps: int  # optimizer steps of all networks; architectures in `tabular` and `search`
+    steps: int  # optimizer steps of all networks; architectures in `search` and `tabular`
     batch: int  # per process
     pflops: float  # of the busiest process, in 10^15 operations
     memory_gib: float  # of the process that needs most
@@ -260,7 +413,7 @@ class Plan:
     gmacs: float  # of one teacher call
     gpus: int
     gpu_memory_gib: float
-    tflops: float  # per device
+    tflops: float | None  # per device; None where passes were measured
     rate: str  # "stated", or what was measured
     stages: tuple[StagePlan, ...]
 
@@ -275,204 +428,448 @@ class Plan:
         return tuple(s for s in self.stages if s.memory_gib > self.gpu_memory_gib)
 
 # %% ../../nbs/tools/704_plan.ipynb #8a84ac8a
-@dataclass(frozen=True)
-class _Work:
-    "The work of one stage, whatever the machine."
+PROCESS_BYTES = dict(cpu=int(0.9 * 2**30), cuda=int(0.5 * 2**30))  # of libraries and context
 
-    stage: str
-    steps: int
-    batch: int
-    macs: int  # of the busiest process
-    fixed: int  # bytes that do not grow with the batch
-    kept: float  # bytes per sample
+
+@dataclass(frozen=True)
+class Machine:
+    "Devices, one process each."
+
+    processes: int
+    memory_gib: float  # of each device
+    device: str = "cuda"  # kind of device
+    tflops: float | None = None  # sustained in training; None: `rates`
+    rates: Rates | None = None
+    rate: str = "stated"  # where the speed comes from
 
 
 def make_plan(
     profile: Profile,
-    *,
-    gpus: int,
-    gpu_memory_gib: float,
-    tflops: float,  # sustained in training, per device, in 10^12 operations per second
-    rate: str = "stated",  # where `tflops` comes from
-    teacher: str | Path | None = None,  # diffusers folder; None: the profile's shape
+    m: Machine,
+    teacher: str | Path | None = None,  # diffusers folder or hub name; None: the profile's
+    networks: Networks | None = None,  # of `bare_networks`, where they exist already
 ) -> Plan:
     "Steps, memory and hours per stage; raises `PlanError` with the name of a wrong value."
-    for name, v in dict(gpus=gpus, gpu_memory_gib=gpu_memory_gib, tflops=tflops).items():
+    values = dict(gpus=m.processes, gpu_memory_gib=m.memory_gib)
+    values |= {} if m.tflops is None else dict(tflops=m.tflops)
+    for name, v in values.items():
         if not v > 0:
             raise PlanError(f"{name} must be positive, got {v}")
-    parts, library, net = count_parts(profile, teacher)
-    try:
-        subspace = parse_subspace(net, library, profile.search.tabular_subspace).size
-    except StageError as e:
-        raise PlanError(
-            f"search.tabular_subspace of profile {profile.name} does not fit this teacher: {e}"
-        ) from e
+    source = teacher or profile.unet.checkpoint or None
+    networks = networks or bare_networks(profile, source)
+    parts = count_parts(profile, networks, m.device)
+    if m.rates:
+        parts = apply_rates(parts, networks, m.rates)
     stages = []
-    for w in _stage_work(profile, parts, library, gpus=gpus, subspace=subspace):
-        stages.append(
-            StagePlan(
-                w.stage,
-                w.steps,
-                w.batch,
-                pflops=2 * w.macs / 1e15,
-                memory_gib=(w.fixed + w.batch * w.kept) / 2**30,
-                hours=2 * w.macs / (tflops * 1e12) / 3600,
-                largest_batch=max(0, int((gpu_memory_gib * 2**30 - w.fixed) // w.kept)),
-            )
-        )
+    for name in planned_stages(profile):
+        local = share_batch(profile, name, m.processes)
+        phases = stage_phases(name, local, parts, networks, m)
+        stages.append(plan_stage(name, phases, local, parts, m))
     return Plan(
-        teacher=str(teacher or f"shape of profile {profile.name}"),
+        teacher=str(source or f"shape of profile {profile.name}"),
         profile=profile.name,
         params_M=parts["teacher"].params / 1e6,
         gmacs=parts["teacher"].macs / 1e9,
-        gpus=gpus,
-        gpu_memory_gib=gpu_memory_gib,
-        tflops=tflops,
-        rate=rate,
+        gpus=m.processes,
+        gpu_memory_gib=m.memory_gib,
+        tflops=m.tflops,
+        rate=m.rate,
         stages=tuple(stages),
     )
 
 
-def _stage_work(
-    p: Profile, parts: dict[str, Part], library: SurrogateLibrary, *, gpus: int, subspace: int
-) -> Iterator[_Work]:
-    "The work of every stage, in order; a training pass counts as three forward passes."
-    teacher = parts["teacher"]
-    compact = parts["compact"]
-    encoder = parts["encoder"]
-    decoder = parts["decoder"]
-    vae_params = encoder.params + decoder.params
-    trained = TRAINING_BYTES + EMA_BYTES
-    yield _autoencoder_work(p, encoder, decoder)
+CHAIN = ("autoencoder", "teacher", "surrogates", "search", "compact", "adapt", "onestep")
+COMPARISONS = ("tabular", "compact_study", "fidelity_rank")
 
-    t = p.teacher
-    unet_steps = t.base_steps + 4 * t.expand_steps + t.steps
-    joint_batch = max(2, t.batch // 4)
-    joint_pass = 3 * (teacher.macs + encoder.macs + decoder.macs) + 2 * encoder.macs
-    yield _Work(
-        "teacher",
-        steps=unet_steps + 2 * t.joint_steps,
-        batch=t.batch,
-        macs=3 * teacher.macs * t.batch * unet_steps + 2 * t.joint_steps * joint_batch * joint_pass,
-        fixed=trained * (teacher.params + vae_params),
-        kept=teacher.kept + (encoder.kept + decoder.kept) / 4,
+
+def this_machine(
+    profile: Profile,
+    networks: Networks,
+    log: Callable[[str], None] = lambda message: None,
+) -> Machine:
+    "This machine's GPUs, or its CPU with one process; passes are measured."
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    count = max(1, torch.cuda.device_count())
+    rates = measure_rates(profile, networks, device, log=log)
+    source = f"passes measured on this machine's {device}"
+    return Machine(count, device_memory_gib(device), device, rates=rates, rate=source)
+
+
+def plan_run(
+    profile: Profile,
+    teacher: str | Path | None = None,  # diffusers folder or hub name; None: the profile's
+    *,
+    gpus: int | None = None,  # None: this machine's devices
+    gpu_memory_gib: float | None = None,  # None: this machine's
+    tflops: float | None = None,  # None: passes are measured here
+    log: Callable[[str], None] = lambda message: None,
+) -> Plan:
+    "The plan of this machine, or of the one that is described."
+    source = teacher or profile.unet.checkpoint or None
+    networks = bare_networks(profile, source)
+    present = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cuda" if gpus or gpu_memory_gib else present
+    machine = Machine(
+        gpus or max(1, torch.cuda.device_count()),
+        device_memory_gib(present) if gpu_memory_gib is None else gpu_memory_gib,
+        device,
+        tflops=tflops,
     )
-    yield from _search_work(p, parts, library, gpus=gpus, subspace=subspace)
-    yield from _finetuning_work(p, teacher, compact)
+    if tflops is None:
+        here = this_machine(profile, networks, log)
+        machine = replace(machine, rates=here.rates, rate=here.rate)
+    return make_plan(profile, machine, source, networks)
 
-    d = p.adapt
-    yield _Work(
-        "adapt",
-        steps=3 * d.steps,
-        batch=d.batch,
-        macs=3 * (2 * compact.macs + teacher.macs) * d.steps * d.batch + 2 * d.pool * encoder.macs,
-        fixed=trained * teacher.params,
-        kept=teacher.kept,
+
+def device_memory_gib(device: str) -> float:
+    "Memory of a GPU or of the machine. Raises `PlanError` where the system does not tell."
+    if device == "cuda":
+        return torch.cuda.get_device_properties(0).total_memory / 2**30
+    if memory := machine()["memory_gib"]:
+        return memory
+    raise PlanError("the memory of this machine is unknown; give --gpu-memory")
+
+
+def planned_stages(profile: Profile) -> tuple[str, ...]:
+    "Stages that lead to the one-step model, and those for tables where the profile has them."
+    return CHAIN + (COMPARISONS if profile.ablations else ())
+
+
+def plan_stage(
+    name: str,
+    phases: list[Phase],
+    p: Profile,  # of one process
+    parts: dict[str, Part],
+    m: Machine,
+) -> StagePlan:
+    "Sums of phases; memory is that of the largest."
+    macs = 0.0
+    seconds = 0.0
+    passes = 4 if p.gradient_checkpointing else 3
+    for phase in phases:
+        own = passes if phase.trained and name != "surrogates" else 3
+        accumulated = p.accumulation if phase.trained else 1
+        share = 1 if phase.trained or not phase.divided else m.processes
+        samples = math.ceil(phase.steps / share) * phase.batch * accumulated
+        for terms, cost, kind in (
+            (phase.training, own, "training_s"),
+            (phase.forward, 1, "forward_s"),
+        ):
+            for part, times in terms:
+                macs += samples * times * cost * parts[part].macs
+                if m.rates:
+                    seconds += samples * times * getattr(parts[part], kind)
+        if m.rates:
+            seconds += phase.steps * phase.trained * m.rates.update_s
+    if not m.rates:
+        seconds = 2 * macs / (m.tflops * 1e12)
+    memory, largest = _memory(phases, m)
+    return StagePlan(
+        name,
+        sum(f.steps for f in phases if f.trained) or sum(f.steps for f in phases),
+        max(f.batch for f in phases),
+        pflops=2 * macs / 1e15,
+        memory_gib=memory,
+        hours=seconds / 3600,
+        largest_batch=largest,
     )
-    # The paper's student and ours. Ours passes through the decoder, which is trained jointly, and
-    # has two score networks for DMD, one of them trained.
-    o = p.onestep
-    yield _Work(
-        "onestep",
-        steps=2 * o.steps,
-        batch=o.batch,
-        macs=2 * o.endpoints * o.teacher_steps * compact.macs
-        + o.steps * o.batch * (11 * compact.macs + 3 * decoder.macs),
-        fixed=2 * trained * compact.params
-        + trained * decoder.params
-        + WEIGHT_BYTES * compact.params,
-        kept=2 * compact.kept + decoder.kept,
-    )
 
 
-def _autoencoder_work(p: Profile, encoder: Part, decoder: Part) -> _Work:
-    "Stage `autoencoder`: two students, then the decoder alone."
+def _memory(phases: list[Phase], m: Machine) -> tuple[float, int]:
+    "GiB of the largest phase, and the largest batch that fits."
+    available = m.memory_gib * 2**30
+    used = []
+    largest = []
+    for f in phases:
+        fixed = PROCESS_BYTES[m.device] + f.kept_once + WEIGHT_BYTES * f.frozen
+        fixed += f.trained * (TRAINING_BYTES + EMA_BYTES * f.ema + DDP_BYTES * (m.processes > 1))
+        used.append((fixed + f.batch * f.kept) / 2**30)
+        if f.kept:
+            largest.append(max(0, int((available - fixed) // f.kept)))
+    return max(used), min(largest, default=0)
+
+# %% ../../nbs/tools/704_plan.ipynb #39f19ace
+def stage_phases(
+    name: str,
+    p: Profile,  # of one process, see `share_batch`
+    parts: dict[str, Part],
+    networks: Networks,
+    m: Machine,
+) -> list[Phase]:
+    "The phases of a stage."
+    return _PHASES[name](p, parts, networks, m)
+
+
+def _autoencoder(p: Profile, parts: dict, networks: Networks, m: Machine) -> list[Phase]:
     a = p.autoencoder
-    distillation = 2 * a.steps * (3 * (encoder.macs + decoder.macs) + encoder.macs)
-    decoder_training = a.decoder_steps * (encoder.macs + 3 * decoder.macs)
-    return _Work(
-        "autoencoder",
-        steps=2 * a.steps + a.decoder_steps,
-        batch=a.batch,
-        macs=a.batch * (distillation + decoder_training),
-        fixed=(TRAINING_BYTES + EMA_BYTES) * (encoder.params + decoder.params)
-        + WEIGHT_BYTES * encoder.params,
+    encoder, decoder = parts["encoder"], parts["decoder"]
+    size = encoder.params + decoder.params
+    students = 2 if a.start == "scratch" else 1
+    both = Phase(
+        "L_VAE",
+        students * a.steps,
+        a.batch,
+        training=(("encoder", 1), ("decoder", 1)),
+        forward=(("encoder", 1),),
+        trained=size,
+        ema=a.steps > 500,
+        frozen=size,
         kept=encoder.kept + decoder.kept,
+        kept_once=encoder.kept_once + decoder.kept_once,
     )
+    decoding = Phase(
+        "decoder",
+        students * a.decoder_steps,
+        a.batch,
+        training=(("decoder", 1),),
+        forward=(("encoder", 1),),
+        trained=decoder.params,
+        ema=a.decoder_steps > 500,
+        frozen=encoder.params,
+        kept=decoder.kept,
+        kept_once=decoder.kept_once,
+    )
+    return [both, decoding] if a.decoder_steps else [both]
 
 
-def _search_work(
-    p: Profile, parts: dict[str, Part], library: SurrogateLibrary, *, gpus: int, subspace: int
-) -> Iterator[_Work]:
-    "Stages `surrogates`, `tabular` and `search`; the library is divided among the processes."
+def _teacher(p: Profile, parts: dict, networks: Networks, m: Machine) -> list[Phase]:
+    t = p.teacher
+    unet, encoder, decoder = parts["teacher"], parts["encoder"], parts["decoder"]
+    vae = encoder.params + decoder.params
+    variants = 4 if p.ablations else 1
+    waiting = unet.params * (variants + p.ablations) + 2 * vae if m.device == "cpu" else 0
+    alone = Phase(
+        "UNet",
+        t.base_steps + variants * t.expand_steps + t.steps,
+        t.batch,
+        training=(("teacher", 1),),
+        trained=unet.params,
+        ema=bool(t.ema),
+        frozen=waiting,
+        kept=unet.kept,
+        kept_once=unet.kept_once,
+    )
+    joint = Phase(
+        "joint",
+        (1 + p.ablations) * t.joint_steps,
+        max(2, t.batch // 4),
+        training=(("teacher", 1), ("encoder", 1), ("decoder", 1)),
+        forward=(("encoder", 2),),
+        trained=unet.params + vae,
+        ema=bool(t.ema) and t.joint_steps > 400,
+        frozen=2 * vae + (waiting if p.ablations else 0),
+        kept=unet.kept + encoder.kept + decoder.kept,
+        kept_once=unet.kept_once + encoder.kept_once + decoder.kept_once,
+    )
+    held_out = Phase(
+        "held-out loss",
+        (2 * variants + 1) * t.eval_levels * t.eval_samples,
+        1,
+        forward=(("teacher", 1),),
+        frozen=unet.params,
+    )
+    return [alone, joint, held_out]
+
+
+def _surrogates(p: Profile, parts: dict, networks: Networks, m: Machine) -> list[Phase]:
     from tocsr.stages.feature_distillation import assign_to_ranks  # needs the extra `train`
 
-    teacher = parts["teacher"]
-    surrogates = [parts[f"{stage} {design}"] for stage, design, _ in library]
-    ranks = assign_to_ranks(library, min(gpus, len(library)))
-    shares = [
-        [part for part, r in zip(surrogates, ranks) if r == rank] for rank in range(max(ranks) + 1)
-    ]
-    busiest = max(sum(part.macs for part in share) for share in shares)
-    trained = max(sum(part.params for part in share) for share in shares)
-    weights = WEIGHT_BYTES * (teacher.params + sum(part.params for part in surrogates))
-    features = parts["features"].kept
     s = p.surrogates
-    yield _Work(
-        "surrogates",
-        steps=s.steps,
-        batch=s.batch,
-        macs=s.steps * s.batch * (3 * busiest + teacher.macs),
-        fixed=weights + (TRAINING_BYTES - WEIGHT_BYTES) * trained,
-        kept=features + max(part.kept for part in surrogates),  # one surrogate's graph at a time
+    library = networks.library
+    names = [
+        f"{stage} {design}" for stage, design, _ in library if s.names is None or design in s.names
+    ]
+    ranks = dict(zip((f"{a} {b}" for a, b, _ in library), assign_to_ranks(library, m.processes)))
+    shares = [[n for n in names if ranks[n] == r] for r in range(m.processes)]
+    busiest = max(shares, key=lambda share: sum(parts[n].macs for n in share))
+    trained = max(sum(parts[n].params for n in share) for share in shares)
+    whole = parts["teacher"].params + sum(parts[n].params for n in names)
+    features = parts["features"].kept
+    fwkd = Phase(
+        "FwKD",
+        s.steps,
+        s.batch,
+        training=tuple((n, 1) for n in busiest),
+        forward=(("teacher", 1),),
+        trained=trained,
+        frozen=whole - trained,
+        kept=features + max(parts[n].kept for n in names),
+        kept_once=max(parts[n].kept_once for n in names),
     )
-    cfg = p.search
-    evaluations = len(cfg.eps) * cfg.iterations
-    for stage, n, latents in (
-        ("tabular", subspace, cfg.tabular_latents),
-        ("search", evaluations, cfg.fidelity_samples),
-    ):
-        yield _Work(
-            stage,
-            n,
-            cfg.fidelity_batch,
-            macs=n * latents * teacher.macs,
-            fixed=weights,
-            kept=features,
-        )
+    single = Phase(
+        "single substitutions",
+        (len(names) + len(library.removable) + 1) * s.eval_batches,
+        s.batch,
+        forward=(("teacher", 1),),
+        frozen=whole,
+        kept=features,
+        divided=False,
+    )
+    return [fwkd, single]
 
 
-def _finetuning_work(p: Profile, teacher: Part, compact: Part) -> Iterator[_Work]:
-    "Stages `compact`, `compact_study` and `fidelity_rank`."
+def _search(p: Profile, parts: dict, networks: Networks, m: Machine) -> list[Phase]:
+    s = p.search
+    busiest = evaluations_per_process(len(s.eps) * s.iterations, s.parallel, m.processes)
+    return [_fidelity("f_acc", busiest, s.fidelity_samples, parts, p)]
+
+
+def _tabular(p: Profile, parts: dict, networks: Networks, m: Machine) -> list[Phase]:
+    s = p.search
+    try:
+        size = parse_subspace(networks.teacher, networks.library, s.tabular_subspace).size
+    except StageError as e:
+        raise PlanError(
+            f"search.tabular_subspace of profile {p.name} does not fit this teacher: {e}"
+        ) from e
+    return [_fidelity("f_acc", size, s.tabular_latents, parts, p)]
+
+
+def _fidelity(
+    name: str, architectures: int, latents: int, parts: dict[str, Part], p: Profile
+) -> Phase:
+    "Evaluations by the main process; a random architecture costs half of the teacher and more."
+    designs = p.surrogates.names
+    surrogates = [k for k in parts if " " in k and (not designs or k.split()[1] in designs)]
+    whole = sum(parts[k].params for k in surrogates)
+    return Phase(
+        name,
+        architectures,
+        latents,
+        forward=(("teacher", MEAN_ARCHITECTURE),),
+        frozen=parts["teacher"].params + whole,
+        divided=False,
+    )
+
+
+MEAN_ARCHITECTURE = 0.6  # cost of a random architecture over the teacher's
+
+
+def _compact(p: Profile, parts: dict, networks: Networks, m: Machine) -> list[Phase]:
     c = p.compact
+    phases = []
+    for variant in c.variants:
+        distills = variant == "ours" and c.distill > 0
+        phases.append(
+            _network_training(variant, c.steps, c.batch, parts, ema=bool(c.ema), teacher=distills)
+        )
+    if m.device == "cpu":
+        phases = [replace(f, frozen=parts["teacher"].params + f.trained) for f in phases]
+    return phases
+
+
+def _network_training(
+    name: str, steps: int, batch: int, parts: dict, *, ema: bool, teacher: bool = False
+) -> Phase:
+    "Training of the compact network, on request with the teacher's estimate."
+    compact = parts["compact"]
+    return Phase(
+        name,
+        steps,
+        batch,
+        training=(("compact", 1),),
+        forward=(("teacher", 1),) if teacher else (),
+        trained=compact.params,
+        ema=ema,
+        frozen=parts["teacher"].params if teacher else 0,
+        kept=compact.kept,
+        kept_once=compact.kept_once,
+    )
+
+
+def _adapt(p: Profile, parts: dict, networks: Networks, m: Machine) -> list[Phase]:
+    a = p.adapt
+    vae = parts["encoder"].params + parts["decoder"].params
+    phases = []
+    for variant in a.variants:
+        net = "teacher" if variant == "teacher" else "compact"
+        phase = _network_training(variant, a.steps, a.batch, parts, ema=bool(a.ema))
+        phases.append(
+            replace(
+                phase,
+                training=((net, 1),),
+                forward=(("encoder", 2),) if a.fresh_pairs else (),
+                trained=parts[net].params,
+                frozen=vae + (parts["teacher"].params if m.device == "cpu" else 0),
+                kept=parts[net].kept,
+                kept_once=parts[net].kept_once,
+            )
+        )
+    if not a.fresh_pairs:
+        phases.append(Phase("pairs", a.pool, 1, forward=(("encoder", 2),), frozen=vae))
+    calls = 2 * len(a.variants) * sum(a.sample_steps)
+    phases.append(
+        Phase(
+            "evaluation",
+            p.eval.crops,
+            1,
+            forward=(("compact", calls), ("decoder", 2 * len(a.sample_steps) * len(a.variants))),
+            frozen=parts["compact"].params + vae,
+        )
+    )
+    return phases
+
+
+def _onestep(p: Profile, parts: dict, networks: Networks, m: Machine) -> list[Phase]:
+    o = p.onestep
+    compact, decoder = parts["compact"], parts["decoder"]
+    vae = parts["encoder"].params + decoder.params
+    target = (("encoder", 1), ("compact", o.teacher_steps)) if o.fresh_noise else ()
+    phases = []
+    for student in (*o.students, *o.ablation):
+        paper = student == "paper"
+        trained = compact.params * (1 if paper else 2) + (0 if paper else decoder.params)
+        phases.append(
+            Phase(
+                student,
+                o.steps,
+                o.batch,
+                # ours: the student, two score networks for DMD and one of them trained
+                training=(("compact", 1),) if paper else (("compact", 3), ("decoder", 1)),
+                forward=target if paper else (*target, ("compact", 2)),
+                trained=trained,
+                ema=bool(o.ema),
+                frozen=2 * compact.params + vae,
+                kept=compact.kept if paper else 2 * compact.kept + decoder.kept,
+                kept_once=compact.kept_once + (0 if paper else decoder.kept_once),
+            )
+        )
+    if not o.fresh_noise:
+        calls = (("compact", o.teacher_steps),)
+        count = len(o.students) * o.endpoints
+        phases.append(Phase("endpoints", count, 1, forward=calls, frozen=compact.params))
+    return phases
+
+
+def _compact_study(p: Profile, parts: dict, networks: Networks, m: Machine) -> list[Phase]:
     y = p.study
-    trained = TRAINING_BYTES + EMA_BYTES
-    fixed = trained * compact.params + WEIGHT_BYTES * teacher.params
-    yield _Work(
-        "compact",
-        steps=2 * c.steps,
-        batch=c.batch,
-        macs=c.steps * c.batch * (6 * compact.macs + teacher.macs),
-        fixed=fixed,
-        kept=compact.kept,
-    )
-    yield _Work(
-        "compact_study",
-        steps=6 * y.seeds * y.steps,
-        batch=y.batch,
-        macs=y.seeds * y.steps * y.batch * (18 * compact.macs + 5 * teacher.macs),
-        fixed=fixed,
-        kept=compact.kept,
-    )
+    return [
+        _network_training(
+            "6 networks", 6 * y.seeds * y.steps, y.batch, parts, ema=True, teacher=True
+        )
+    ]
+
+
+def _fidelity_rank(p: Profile, parts: dict, networks: Networks, m: Machine) -> list[Phase]:
+    y = p.study
     steps = y.rank_architectures * y.rank_steps
-    yield _Work(
-        "fidelity_rank",
-        steps=steps,
-        batch=y.rank_batch,
-        macs=steps * y.rank_batch * (3 * compact.macs + teacher.macs),
-        fixed=(trained + WEIGHT_BYTES) * teacher.params,
-        kept=teacher.kept,
-    )
+    phase = _network_training("networks", steps, y.rank_batch, parts, ema=True, teacher=True)
+    teacher = parts["teacher"]
+    return [replace(phase, trained=teacher.params, kept=teacher.kept, frozen=teacher.params)]
+
+
+_PHASES = dict(
+    autoencoder=_autoencoder,
+    teacher=_teacher,
+    surrogates=_surrogates,
+    search=_search,
+    compact=_compact,
+    adapt=_adapt,
+    onestep=_onestep,
+    tabular=_tabular,
+    compact_study=_compact_study,
+    fidelity_rank=_fidelity_rank,
+)
 
 # %% ../../nbs/tools/704_plan.ipynb #fa7e4a0c
 def plan_rows(plan: Plan) -> list[tuple[str, ...]]:
@@ -502,12 +899,12 @@ def plan_rows(plan: Plan) -> list[tuple[str, ...]]:
 
 def plan_heading(plan: Plan) -> str:
     "Teacher, profile and machine of a plan, in two lines."
+    speed = f"{plan.tflops:.3g} TFLOP/s each" if plan.tflops else "measured speed"
     return (
         f"teacher {plan.teacher}: {plan.params_M:.1f} M parameters, "
         f"{plan.gmacs:.1f} GMACs per call; profile {plan.profile}\n"
         f"{plan.gpus} device(s) of {plan.gpu_memory_gib:g} GiB "
-        f"at {plan.tflops:.3g} TFLOP/s each ({plan.rate}); "
-        "every process draws a batch, only the surrogate library is divided among them"
+        f"at {speed} ({plan.rate})"
     )
 
 

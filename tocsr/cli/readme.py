@@ -118,4 +118,7 @@ def render_readme_page(root: Path, times: dict) -> str:
     has_image = (root / "paper_figures/figure_1.png").is_file()
     text = _between(text, "image", IMAGE if has_image else "")
     text = _between(text, "notebooks", notebooks_table(root, times))
+    rehearsal = root / "tests/bench/paper_scale.md"  # of bench_paper_scale.py
+    if rehearsal.is_file():
+        text = _between(text, "rehearsal", rehearsal.read_text())
     return render_readme(text, read_claims(claims)) if claims.is_file() else text

@@ -21,30 +21,26 @@ from importlib import import_module
 from pathlib import Path
 
 import tocsr
-from ..core.config import Profile
+from .terminal import ChoiceError
+from ..core.config import Profile, default_way, folder_name, override
 from ..core.files import file_hash, project_root, runs_dir, write_atomic, write_json
 from ..core.fingerprint import config_hash
 from ..core.store import MODULES, data_hash, get_stage, machine, stage_key
 from ..core.time_limit import TimeLimitReached, time_left
 
 # %% auto #0
-__all__ = ['NO_STAGES', 'MAX_BYTES', 'RunError', 'ChoiceError', 'stage_notebooks', 'repository', 'pick_notebooks',
-           'check_parameters', 'parse_parameter', 'notebook_json', 'library_files', 'library_hash', 'notebook_keys',
-           'read_records', 'sigterm_as_interrupt', 'run_notebook', 'own_stages', 'reused_cost', 'NotebookResult',
-           'reproduce', 'format_duration', 'align_columns', 'run_summary', 'save_outputs']
+__all__ = ['NO_STAGES', 'MAX_BYTES', 'RunError', 'stage_notebooks', 'repository', 'pick_notebooks', 'check_parameters',
+           'parse_parameter', 'notebook_json', 'library_files', 'library_hash', 'notebook_keys', 'read_records',
+           'sigterm_as_interrupt', 'run_notebook', 'own_stages', 'reused_cost', 'NotebookResult', 'reproduce',
+           'format_duration', 'align_columns', 'run_summary', 'save_outputs']
 
 # %% ../../nbs/tools/701_reproduce.ipynb #e643ff7f
 class RunError(RuntimeError):
     "A notebook failed, or no notebook can be run; the message is one line and says what to do."
 
-
-class ChoiceError(ValueError):
-    "An argument has a value that is not accepted; the message lists the valid ones."
-
-    exit_code = 2
-
 # %% ../../nbs/tools/701_reproduce.ipynb #2082c756
-NO_STAGES = ("08_try_it",)  # numbered, but not a part of the paper: no result depends on it
+# numbered, but not a part of the paper: no result depends on them
+NO_STAGES = ("08_try_it", "09_your_own_model")
 
 
 def stage_notebooks(root: Path) -> list[Path]:
@@ -209,11 +205,16 @@ def sigterm_as_interrupt():
         signal.signal(signal.SIGTERM, before)
 
 
-def _papermill_command(notebook: Path, output: Path, parameters: dict, timeout_s: int) -> list[str]:
-    "The command that executes a notebook, without the file for its stderr."
-    program = [sys.executable, "-m", "papermill", str(notebook), str(output), "-k", "python3"]
-    options = ["--no-progress-bar", "--execution-timeout", str(timeout_s)]
-    return [*program, "-y", json.dumps(parameters), *options]
+def _papermill_command(
+    notebook: Path, output: Path, parameters: dict, *, timeout_s: int, pipe: int, errors: int
+) -> list[str]:
+    """The command that executes a notebook.
+
+    It ends when the other end of `pipe` is closed; its kernel's stderr goes to `errors`."""
+    program = [sys.executable, "-m", "tocsr.cli.notebook_process", str(pipe)]
+    options = ["-k", "python3", "--no-progress-bar", "--execution-timeout", str(timeout_s)]
+    files = [str(notebook), str(output), "--stderr-file", f"/dev/fd/{errors}"]
+    return [*program, *files, "-y", json.dumps(parameters), *options]
 
 
 def run_notebook(
@@ -229,16 +230,19 @@ def run_notebook(
     Raises `RunError` with the cell and the executed copy, and `TimeLimitReached` when a stage
     stopped at its time limit."""
     read, write = os.pipe()
-    command = _papermill_command(notebook, output, parameters, timeout_s)
-    command += ["--stderr-file", f"/dev/fd/{write}"]
+    parent_end, alive = os.pipe()[::-1]  # closed by the system when this process ends
+    command = _papermill_command(
+        notebook, output, parameters, timeout_s=timeout_s, pipe=alive, errors=write
+    )
     environment = os.environ | dict(TQDM_DISABLE="1")  # progress bars would fill the outputs
     start = time.monotonic()
     log = output.with_suffix(".log")
     with open(log, "wb") as f:
         child = subprocess.Popen(
-            command, cwd=root, stdout=f, stderr=f, pass_fds=[write], env=environment
+            command, cwd=root, stdout=f, stderr=f, pass_fds=[write, alive], env=environment
         )
     os.close(write)
+    os.close(alive)
     try:
         with open(read, errors="replace") as lines:
             for line in lines:
@@ -248,6 +252,7 @@ def run_notebook(
     finally:
         if child.returncode is None:  # interrupted
             _stop_child(child)
+        os.close(parent_end)
     if child.returncode:
         kind, where = _error(output, log)
         if kind == TimeLimitReached.__name__:
@@ -347,7 +352,11 @@ def reproduce(
     Raises `RunError` at the first notebook that fails, `ChoiceError` for unknown names."""
     from tocsr.evaluation.plots import figures_dir
 
-    given = _all_parameters(parameters, profile=profile.name, force=force, data_dir=data_dir)
+    profile = override(profile, **(parameters or {}).get("overrides", {}))
+    options = dict(profile=profile.name, force=force, data_dir=data_dir)
+    if profile.way != default_way(profile.name):
+        options["way"] = profile.way
+    given = _all_parameters(parameters, **options)
     notebooks = stage_notebooks(root)
     chosen = pick_notebooks(notebooks, only, first)
     for p in chosen:
@@ -392,7 +401,7 @@ def _all_parameters(parameters: dict | None, **options) -> dict:
 
 def _output_folder(out: Path | None, root: Path, profile: Profile) -> Path:
     "Folder for the executed notebooks; raises `ChoiceError` for one inside nbs/."
-    folder = Path(out) if out else runs_dir() / "notebooks" / profile.name
+    folder = Path(out) if out else runs_dir() / "notebooks" / folder_name(profile)
     if (root / "nbs").resolve() in (folder.resolve(), *folder.resolve().parents):
         raise ChoiceError(
             f"{folder} lies inside nbs/, whose notebooks become the library; choose another folder"

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock
@@ -22,8 +24,8 @@ class LogError(ValueError):
 class AppendOnlyLog:
     """Append-only file of JSON records, one per line; without a path it is kept in memory.
 
-    `records` holds the file's records at opening and those that this object appended. Records of
-    other processes appear when the log is opened again.
+    Several processes may append to one file. `records` holds its records in the order on disk, as
+    of the last `append` or `refresh`.
     """
 
     def __init__(
@@ -40,14 +42,27 @@ class AppendOnlyLog:
         self.skip_unreadable = skip_unreadable
         self.sync = sync
         self.records: list = []
+        self._lines = 0  # of the file, that are read
+        self._bytes = 0
         if self.path is not None:
             self._open()
 
-    def append(self, record) -> None:
-        "Append a JSON-serializable record, to the file first."
-        if self.path is not None:
-            self._write(record)
+    @property
+    def lock_path(self) -> Path:
+        "The file that is locked while a record is written."
+        return self.path.with_name(f".{self.path.name}.lock")
+
+    def append(self, record) -> list:
+        "Append a JSON-serializable record, to the file first; returns others' records before it."
+        others = self._write(record) if self.path is not None else []
         self.records.append(record)
+        return others
+
+    def refresh(self) -> list:
+        "Read and return the records that other processes have appended since; needs no lock."
+        new = self._read() if self.path is not None else []
+        self.records += new
+        return new
 
     def __len__(self) -> int:
         return len(self.records)
@@ -56,12 +71,11 @@ class AppendOnlyLog:
         return iter(self.records)
 
     def _open(self) -> None:
-        self.records = self._read()
+        self.refresh()
         if self.header is None:
             return
         if not self.records:
-            self._write(self.header, only_first=True)
-            self.records = self._read()
+            self._write_header()
         found = self.records.pop(0)
         if found != self.header:
             raise LogError(
@@ -70,46 +84,64 @@ class AppendOnlyLog:
             )
 
     def _read(self) -> list:
-        "Read all complete records; this needs no lock and changes nothing."
+        "Complete records that are not read yet; this changes nothing on disk."
         if not self.path.is_file():
+            self._lines = self._bytes = 0
             return []
-        data = self.path.read_bytes()
+        with open(self.path, "rb") as f:
+            f.seek(self._bytes)
+            data = f.read()
         records = []
         complete = data[: data.rfind(b"\n") + 1]
-        for number, line in enumerate(complete.split(b"\n")[:-1], start=1):
+        for line in complete.split(b"\n")[:-1]:
+            self._lines += 1
+            self._bytes += len(line) + 1
             try:
                 records.append(json.loads(line))
             except ValueError as e:
                 if not self.skip_unreadable:
                     raise LogError(
-                        f"{self.path}, line {number} is damaged ({e}); repair or move the file"
+                        f"{self.path}, line {self._lines} is damaged ({e}); repair or move the file"
                     ) from e
         return records
 
-    def _write(self, record, only_first: bool = False) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.path.with_name(f".{self.path.name}.lock")):
-            size = self._remove_truncated_record()
-            if not (only_first and size):
-                self._append_line(record)
+    def _write(self, record) -> list:
+        "Append under the lock, after reading what others have appended."
+        with self._locked():
+            others = self.refresh()
+            self._append_line(record)
+        return others
 
-    def _remove_truncated_record(self) -> int:
-        "Remove what follows the last newline; returns the size in bytes."
+    def _write_header(self) -> None:
+        "Write the header unless another process is faster; `records` then begins with it."
+        with self._locked():
+            if not self.refresh():
+                self._append_line(self.header)
+                self.records.append(self.header)
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.lock_path):
+            self._remove_truncated_record()
+            yield
+
+    def _remove_truncated_record(self) -> None:
+        "Remove what follows the last newline."
         with open(self.path, "a+b") as f:
-            size = f.tell()
-            if size == 0:
-                return 0
+            if f.tell() == 0:
+                return
             f.seek(-1, os.SEEK_END)
             if f.read(1) != b"\n":
                 f.seek(0)
-                size = f.read().rfind(b"\n") + 1
-                f.truncate(size)
-            return size
+                f.truncate(f.read().rfind(b"\n") + 1)
 
     def _append_line(self, record) -> None:
-        line = json.dumps(record) + "\n"
+        line = (json.dumps(record) + "\n").encode()
         with open(self.path, "ab") as f:
-            f.write(line.encode())
+            f.write(line)
             f.flush()
             if self.sync:
                 os.fsync(f.fileno())
+        self._lines += 1
+        self._bytes += len(line)

@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import atexit
 import os
+import socket
+import sys
+import uuid
 from collections.abc import Callable
 from contextvars import ContextVar
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 
@@ -17,20 +21,64 @@ from .files import StoreError
 from .runtime import pick_device
 
 # %% auto #0
-__all__ = ['world_size', 'rank', 'init_distributed', 'wait_for_all', 'run_on_main']
+__all__ = []
 
 # %% ../../nbs/tools/009_distributed.ipynb #ad8a647f
 _single_process = ContextVar("single_process", default=False)  # inside `run_on_main`
 
 
+def _process_number(name: str, default: int) -> int:
+    "A number that a launcher sets in the environment; raises `StoreError` for other text."
+    text = os.environ.get(name) or str(default)
+    if not text.isdigit():
+        raise StoreError(f"{name} is {text!r}, not a number of processes: unset it")
+    return int(text)
+
+
 def world_size() -> int:
     "Return the number of processes of the launch; 1 inside `run_on_main`."
-    return 1 if _single_process.get() else int(os.environ.get("WORLD_SIZE", 1))
+    return 1 if _single_process.get() else max(1, _process_number("WORLD_SIZE", 1))
 
 
 def rank() -> int:
     "Return the index of this process; 0 is the main process."
-    return int(os.environ.get("RANK", 0))
+    return _process_number("RANK", 0)
+
+
+MEETING_S = 600  # seconds that the processes of a launch have to meet
+_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def check_rendezvous(
+    timeout_s: float = MEETING_S,
+):  # torch's store where they met, to be kept until they are connected; None: nothing to check
+    """Raise `StoreError` unless all processes that the environment announces meet.
+
+    A cluster may leave WORLD_SIZE behind, and torch would wait for processes that nobody started.
+    `accelerate launch` and `torchrun` have started them themselves, so there is nothing to check.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # set by those launchers
+        return None
+    size = world_size()
+    hint = "if no launcher started this process, run: unset WORLD_SIZE"
+    missing = [name for name in _VARIABLES if not os.environ.get(name)]
+    if missing:
+        raise StoreError(
+            f"WORLD_SIZE is {size}, but {', '.join(missing)} is not set, as `accelerate launch` "
+            f"or `torchrun` would do; {hint}"
+        )
+    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    print(f"process {rank()} waits for {size - 1} others at {where}", file=sys.stderr, flush=True)
+    try:
+        store, _, _ = next(
+            torch.distributed.rendezvous("env://", timeout=timedelta(seconds=timeout_s))
+        )
+    except (RuntimeError, ValueError) as e:
+        raise StoreError(
+            f"WORLD_SIZE is {size}, but process {rank()} met no {size - 1} others at {where} in "
+            f"{timeout_s:g} s; {hint}"
+        ) from e
+    return store
 
 
 def init_distributed(device: str = "auto"):
@@ -40,6 +88,7 @@ def init_distributed(device: str = "auto"):
     """
     if world_size() == 1 or torch.distributed.is_initialized():
         return
+    store = check_rendezvous()
     from accelerate import PartialState  # a single process does not need it
 
     # the others may wait for hours for a stage that process 0 computes
@@ -49,6 +98,7 @@ def init_distributed(device: str = "auto"):
             f"{world_size()} processes were launched, but {state.num_processes} are connected "
             f"on {state.device}; use GPUs or a profile with device='cpu'"
         )
+    del store
     # otherwise a thread of gloo may abort the interpreter at exit
     atexit.register(state.destroy_process_group)
 
@@ -60,6 +110,30 @@ def wait_for_all():
     from accelerate import PartialState
 
     PartialState().wait_for_everyone()
+
+
+def require_shared_folder(folder: str | Path):
+    """Check that every process of a launch sees the same `folder`; it is created.
+
+    Raises `StoreError` in all processes, naming those that see another one.
+    """
+    if world_size() == 1:
+        return
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    mark = folder / f".shared-{run_on_main(lambda: uuid.uuid4().hex)}"
+    run_on_main(mark.touch)
+    place = f"process {rank()} on {socket.gethostname()}: {folder.resolve()}"
+    places = [None] * world_size()
+    torch.distributed.all_gather_object(places, (mark.exists(), place))
+    run_on_main(lambda: mark.unlink(missing_ok=True))
+    if not all(seen for seen, _ in places):
+        apart = "; ".join(place for seen, place in places if not seen)
+        raise StoreError(
+            f"all processes must share one results folder, but these do not see that of "
+            f"{places[0][1]}: {apart}. Set TOCSR_RUNS on every machine to one folder of a shared "
+            "file system"
+        )
 
 
 def run_on_main(f: Callable):

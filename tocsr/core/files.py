@@ -37,7 +37,7 @@ def project_root(start: str | Path | None = None) -> Path | None:
 def runs_dir() -> Path:
     "Return the folder of all results."
     if env := os.environ.get("TOCSR_RUNS"):
-        return Path(env)
+        return Path(env).expanduser()
     root = project_root()
     return root / "runs" if root else Path.home() / ".cache" / "tocsr" / "runs"
 

@@ -6,97 +6,64 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
+from tocsr.core.decoding import (
+    ImageError,
+    check_pixel_count,
+    decode_image,
+    decoding_error,
+    open_file,
+    open_pillow,
+)
+
 # %% auto #0
-__all__ = ['MAX_PIXELS', 'SUFFIXES', 'LUMA_WEIGHTS', 'ROWS_PER_PRODUCT', 'FAST_FACTORS', 'ImageError', 'convert_to_rgb',
-           'open_image', 'read_image', 'to_tensor', 'to_array', 'compute_luma', 'cubic_kernel', 'imresize', 'upsample']
+__all__ = ['MAX_PIXELS', 'SUFFIXES', 'LUMA_WEIGHTS', 'ROWS_PER_PRODUCT', 'FAST_FACTORS', 'convert_to_rgb', 'open_image',
+           'read_image', 'to_tensor', 'to_array', 'compute_luma', 'cubic_kernel', 'imresize', 'upsample']
 
 # %% ../../nbs/tools/006_image.ipynb #2ec533fe
 MAX_PIXELS = 80_000_000  # 240 MB decoded; a larger file is more likely a decompression bomb
-SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp"))
-
-
-class ImageError(ValueError):
-    "A file that cannot be used as an image. `reason` is the short name under which it is counted."
-
-    def __init__(self, path, reason: str, hint: str):
-        self.path = str(path)
-        self.reason = reason
-        self.hint = hint
-        super().__init__(f"{path}: {reason}; {hint}")
+SUFFIXES = frozenset((".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".webp", ".tif", ".tiff", ".bmp"))
 
 # %% ../../nbs/tools/006_image.ipynb #19d6dcd9
-def _convert_to_8bit(im: Image.Image, path) -> Image.Image:
-    "Convert 16-bit gray to 8 bits. 32-bit integers must hold 16-bit values; no floats."
-    hint = "save it with 8 or 16 bits per channel"
-    if im.mode == "F":
-        raise ImageError(path, "floating point pixels", hint)
-    if im.mode != "I" and not im.mode.startswith("I;16"):
-        return im
-    v = np.asarray(im).astype(np.int64)
-    if v.min() < 0 or v.max() > 65535:
-        raise ImageError(path, "32-bit integer pixels", hint)
-    return Image.fromarray(((v + 128) // 257).astype(np.uint8))
-
-
 def convert_to_rgb(
-    im: Image.Image,  # any Pillow mode
-    path,  # named in errors
-) -> Image.Image:
-    "Convert to 8-bit RGB, transparency composited on white. Raises `ImageError` for other depths."
-    im = _convert_to_8bit(im, path)
-    if "A" in im.getbands() or "a" in im.getbands() or "transparency" in im.info:
-        im = im.convert("RGBA")
-        white = Image.new("RGBA", im.size, "white")
-        return Image.alpha_composite(white, im).convert("RGB")
-    if im.mode == "LAB":
-        from PIL import ImageCms  # Image.convert() does not support Lab
-
-        lab = ImageCms.createProfile("LAB")
-        srgb = ImageCms.createProfile("sRGB")
-        return ImageCms.profileToProfile(im, lab, srgb, outputMode="RGB")
-    return im.convert("RGB")
+    pixels: np.ndarray,  # uint8 or uint16 (h, w, c): gray, gray and alpha, RGB, RGB and alpha
+) -> np.ndarray:  # uint8 (h, w, 3)
+    "Convert to 8-bit RGB, transparency composited on white."
+    if pixels.dtype == np.uint16:
+        pixels = ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    color = pixels[..., :1] if pixels.shape[-1] < 3 else pixels[..., :3]
+    if pixels.shape[-1] in (2, 4):
+        alpha = pixels[..., -1:].astype(np.uint32)
+        color = ((color * alpha + (255 - alpha) * 255 + 127) // 255).astype(np.uint8)
+    return np.repeat(color, 3, -1) if color.shape[-1] == 1 else np.ascontiguousarray(color)
 
 # %% ../../nbs/tools/006_image.ipynb #99cbb26e
-def open_image(path) -> Image.Image:
-    "Open a file without decoding it and check its size first. Raises `ImageError`."
-    small = f"resize or crop it below {MAX_PIXELS // 10**6} Mpixel"
-    try:
-        im = Image.open(path)
-    except FileNotFoundError:
-        raise ImageError(path, "no such file", "check the path") from None
-    except PermissionError:
-        raise ImageError(path, "no permission", "make it readable") from None
-    except Image.DecompressionBombError:
-        raise ImageError(path, "too many pixels", small) from None
-    except Exception as e:  # decoders raise almost anything on malformed bytes
-        hint = f"check what it is, or save it again as PNG ({type(e).__name__})"
-        raise ImageError(path, "not an image", hint) from e
-    if im.width * im.height > MAX_PIXELS:
-        size = f"{im.width}x{im.height}"
-        im.close()
-        raise ImageError(path, "too many pixels", f"{size}: {small}")
-    return im
+@contextmanager
+def open_image(path) -> Iterator[Image.Image]:
+    "Open a file with Pillow, without decoding it; its size is checked. Raises `ImageError`."
+    with open_file(path, path) as file:
+        try:
+            im = open_pillow(file)
+        except Exception as e:  # decoders raise almost anything on malformed bytes
+            raise decoding_error(path, e) from e
+        if im is None:
+            raise ImageError(path, "not an image", "check what it is, or save it again as PNG")
+        check_pixel_count(im.size, path, MAX_PIXELS)
+        yield im
 
 
 def read_image(path) -> np.ndarray:
-    "Read the image at `path` as uint8 (h, w, 3) in RGB. Raises `ImageError`."
-    with open_image(path) as im:
-        try:
-            im.load()
-            return np.array(convert_to_rgb(ImageOps.exif_transpose(im), path))
-        except ImageError:
-            raise
-        except Exception as e:
-            hint = f"copy or download it again ({type(e).__name__}: {e})"
-            raise ImageError(path, "damaged", hint) from e
+    "Read the image in a file, or an open file, as uint8 (h, w, 3) in RGB. Raises `ImageError`."
+    return convert_to_rgb(decode_image(path, max_pixels=MAX_PIXELS).pixels)
 
 # %% ../../nbs/tools/006_image.ipynb #db0ce8f3
 def to_tensor(array: np.ndarray) -> Tensor:

@@ -5,6 +5,9 @@
 # %% ../../nbs/tools/007_random.ipynb #8f860a5c
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 
@@ -13,7 +16,21 @@ def shared_step_generator(seed: int, step: int) -> torch.Generator:
 
     In a single process it equals `core.training.step_generator`.
     """
-    return torch.Generator().manual_seed((seed * 1_000_003 + step) * 97)
+    number = (seed * 1_000_003 + step) * 97
+    if not -(2**63) <= number < 2**64:  # what torch accepts
+        number %= 2**64
+    return torch.Generator().manual_seed(number)
+
+
+@contextmanager
+def seeded_random(seed: int, step: int) -> Iterator[None]:
+    """Seed torch's global generators for step `step`; they continue as before afterwards.
+
+    For layers that draw from the global generator, such as dropout.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(shared_step_generator(seed, step).initial_seed())
+        yield
 
 # %% auto #0
-__all__ = ['shared_step_generator']
+__all__ = ['shared_step_generator', 'seeded_random']

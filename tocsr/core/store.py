@@ -23,11 +23,18 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
-from .config import Profile
-from .distributed import init_distributed, rank, run_on_main, wait_for_all, world_size
+from .config import Profile, ProfileError, share_batch
+from tocsr.core.distributed import (
+    init_distributed,
+    rank,
+    require_shared_folder,
+    run_on_main,
+    wait_for_all,
+    world_size,
+)
 from .files import StoreError, file_hash, runs_dir, write_json
 from .fingerprint import Untracked, config_hash, source_hash, untracked
-from .runtime import fastest_precision, tune_allocator
+from .runtime import fastest_precision, pick_device, tune_allocator
 from .time_limit import TimeLimitReached, exit_on_sigterm, limit_time, time_left
 
 # %% auto #0
@@ -214,7 +221,14 @@ def stage_key(name: str, profile: Profile) -> str:
 
 
 def _with_precision(profile: Profile) -> Profile:
-    "Replace `mixed_precision='auto'` by the precision that is faster on this machine."
+    """Replace `mixed_precision='auto'` by the precision that is faster on this machine.
+
+    Raises `ProfileError` for fp16 where device 'auto' is the CPU."""
+    if profile.mixed_precision == "fp16" and pick_device(profile.device).type == "cpu":
+        raise ProfileError(
+            "Profile.mixed_precision is 'fp16', which is not supported on the CPU, the device of "
+            "this machine; allowed here: no, bf16, auto"
+        )
     if profile.mixed_precision != "auto":
         return profile
     return replace(profile, mixed_precision=fastest_precision(profile.device))
@@ -351,8 +365,11 @@ def _compute(s: Stage, run: Run, target: Path):
     start = time.monotonic()
     source = source_hash(s.function)
 
+    processes = 1 if s.main_process_only else world_size()
+    own = replace(run, profile=share_batch(run.profile, s.name, processes))
+
     def compute():
-        return s.function(run)
+        return s.function(own)
 
     try:
         with exit_on_sigterm():
@@ -370,7 +387,6 @@ def _compute(s: Stage, run: Run, target: Path):
     run.log(f"{s.name}: done in {wall:.0f} s")
     wait_for_all()  # the commit removes the scratch folder
 
-    processes = 1 if s.main_process_only else world_size()  # inside `run_on_main` it is 1
     run_on_main(lambda: _commit(s, run, target, results=results, wall=wall, processes=processes))
 
 
@@ -400,6 +416,7 @@ def run_stage(
     """
     tune_allocator()
     init_distributed(profile.device)
+    require_shared_folder(runs_dir())
     with limit_time(time_limit):
         return _run_stage(name, run_on_main(lambda: _with_precision(profile)), force)
 

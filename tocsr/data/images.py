@@ -9,13 +9,13 @@ import hashlib
 import json
 import os
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from itertools import islice
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -25,14 +25,16 @@ from tqdm import tqdm
 from ..core.config import DataConfig
 from ..core.download import cache_dir
 from ..core.files import write_atomic
-from ..core.image import ImageError, read_image, to_tensor
+from ..core.image import ImageError, open_image, read_image, to_tensor
 from .benchmarks import find_benchmark
+from .dataset_sources import open_huggingface, open_tars
 from .index import FolderWalk, LineIndex, build_index
 
 # %% auto #0
-__all__ = ['SOURCES', 'EMBEDDED', 'MAX_INSPECTED', 'ImageSource', 'open_source', 'PackagedPhoto', 'embedded_path',
-           'find_embedded', 'inspect_file', 'inspect_folder', 'FileSource', 'open_embedded', 'open_folder',
-           'mean_gradient', 'split_score', 'split_names']
+__all__ = ['SOURCES', 'EMBEDDED', 'READER_VERSION', 'MAX_INSPECTED', 'ImageSource', 'open_source', 'PackagedPhoto',
+           'embedded_path', 'find_embedded', 'inspect_file', 'inspect_folder', 'FileSource', 'only_held_out',
+           'open_embedded', 'open_folder', 'PairSource', 'open_pairs', 'MixedNames', 'MixedSource', 'mix_sources',
+           'open_mixture', 'mean_gradient', 'split_score', 'split_names', 'select_part', 'every_nth']
 
 # %% ../../nbs/tools/200_images.ipynb #4b5c11ca
 class ImageSource(Protocol):
@@ -51,7 +53,12 @@ SOURCES: dict[str, Callable[[str, DataConfig], ImageSource]] = {}
 
 
 def open_source(cfg: DataConfig) -> ImageSource:
-    "Open `cfg.source`: NAME or NAME:REST of `SOURCES`, else a folder. Raises `ImageError`."
+    """Open `cfg.sources` if there are any, else `cfg.source`.
+
+    A source is NAME or NAME:REST of `SOURCES`, else a folder. Raises `ImageError`.
+    """
+    if cfg.sources:
+        return mix_sources(cfg.sources, cfg)
     if not cfg.source:
         hint = f"set it to a folder, or to one of {', '.join(SOURCES)}"
         raise ImageError("data.source", "names no images", hint)
@@ -114,6 +121,7 @@ def find_embedded(name: str) -> PackagedPhoto:
     raise ImageError(name, "no embedded photograph", f"choose one of {known}")
 
 # %% ../../nbs/tools/200_images.ipynb #9845f7c3
+READER_VERSION = 2  # another one where `read_image` accepts other files or returns other pixels
 MAX_INSPECTED = 2_000  # files decoded up front; a larger folder is indexed and checked on reading
 
 
@@ -136,7 +144,7 @@ def _cache_of(folder: Path) -> Path:
 
 def inspect_folder(folder: Path, names: Sequence[str]) -> dict[str, dict]:
     "`inspect_file` of every name, remembered for files of unchanged size and modification time."
-    record = _cache_of(folder) / "inspected.json"
+    record = _cache_of(folder) / f"inspected-{READER_VERSION}.json"
     old = json.loads(record.read_text()) if record.exists() else {}
     new = {}
     for name in tqdm(names, desc=f"checking {folder}", disable=None):
@@ -179,6 +187,8 @@ def _select_usable(
     digest = hashlib.sha256()
     for name, f in found.items():
         reason = f["reason"]
+        if reason and reason.startswith("benchmark image") and only_held_out(cfg):
+            reason = None
         if not reason and f["sha256"] in seen:
             reason = "duplicate"
         elif not reason and min(f["width"], f["height"]) < cfg.patch:
@@ -193,6 +203,11 @@ def _select_usable(
         hint = f"add JPEG, PNG, WebP or TIFF files of at least {cfg.patch} pixels a side"
         raise ImageError(cfg.source, "no usable photograph", f"{hint} (skipped: {dict(skipped)})")
     return FileSource(tuple(names), locate, digest.hexdigest(), skipped=skipped)
+
+
+def only_held_out(cfg: DataConfig) -> bool:
+    "Whether all images are held out: then they may be test images."
+    return cfg.val_share >= 1
 
 
 def open_embedded(rest: str, cfg: DataConfig) -> FileSource:
@@ -212,7 +227,7 @@ def open_folder(path: str, cfg: DataConfig) -> FileSource:
     names = sorted(n for n, _ in islice(walk, MAX_INSPECTED + 1))
     if len(names) <= MAX_INSPECTED:
         found = inspect_folder(folder, names)
-        skipped = _count_other(walk.other)
+        skipped = Counter(walk.other)
         return _select_usable(found, folder.__truediv__, cfg=cfg, skipped=skipped)
     where = _cache_of(folder)
     known = build_index(folder, where)
@@ -221,15 +236,187 @@ def open_folder(path: str, cfg: DataConfig) -> FileSource:
         folder.__truediv__,
         known["sha256"],
         inspected=False,
-        skipped=_count_other(known["other"]),
+        skipped=Counter(known["other"]),
     )
 
 
-def _count_other(n: int) -> Counter:
-    return Counter({"not an image file": n} if n else {})
+SOURCES.update(embedded=open_embedded, folder=open_folder, hf=open_huggingface, wds=open_tars)
+
+# %% ../../nbs/tools/200_images.ipynb #de7ae40b
+_ORIENTATION = 0x0112  # EXIF tag; from 5 on width and height are exchanged
 
 
-SOURCES.update(embedded=open_embedded, folder=open_folder)
+@dataclass
+class PairSource(FileSource):
+    "HR images and their LR counterparts from files."
+
+    locate_low: Callable[[str], Path] | None = None  # LR file of an HR name
+    scale: int = 4
+
+    def read_low(self, name: str) -> np.ndarray:
+        "The LR image of `name`, uint8 (h, w, 3). Raises `ImageError`, also for a wrong size."
+        path = self.locate_low(name)
+        low = read_image(path)
+        with open_image(self.locate(name)) as im:
+            turned = im.getexif().get(_ORIENTATION, 1) >= 5
+            size = im.size[::-1] if turned else im.size
+        if tuple(s // self.scale for s in size) != (low.shape[1], low.shape[0]):
+            hint = (
+                f"the HR image is {size[0]}x{size[1]}, the LR image {low.shape[1]}x{low.shape[0]}; "
+                f"they must differ by data.scale={self.scale}"
+            )
+            raise ImageError(path, "LR image of another size", hint)
+        return low
+
+
+def _stems(folder: Path) -> dict[str, str]:
+    "Image files below `folder`: path without suffix -> path."
+    if not folder.is_dir():
+        raise ImageError(folder, "no such folder", 'give "pairs:HR_FOLDER:LR_FOLDER"')
+    return {os.path.splitext(name)[0]: name for name, _ in FolderWalk(folder)}
+
+
+def open_pairs(rest: str, cfg: DataConfig) -> PairSource:
+    """HR_FOLDER:LR_FOLDER (on Windows HR_FOLDER;LR_FOLDER).
+
+    Raises `ImageError` where a folder is missing or no file has a counterpart.
+    """
+    parts = rest.split(os.pathsep)
+    if len(parts) != 2 or not all(parts):
+        hint = f'give "pairs:HR_FOLDER{os.pathsep}LR_FOLDER"'
+        raise ImageError(cfg.source, "names no two folders", hint)
+    hr = open_folder(parts[0], cfg)
+    folder = Path(parts[1]).expanduser()
+    low = _stems(folder)
+
+    def find_low(name: str) -> str | None:
+        stem = os.path.splitext(name)[0]
+        return low.get(stem) or low.get(f"{stem}x{cfg.scale}")
+
+    names = tuple(name for name in hr.names if find_low(name))
+    if not names:
+        hint = "name LR files like their HR files"
+        raise ImageError(folder, f"no LR image of the {len(hr.names)} HR images", hint)
+    skipped = Counter(hr.skipped)
+    if len(names) < len(hr.names):
+        skipped["no LR image"] = len(hr.names) - len(names)
+    digest = hashlib.sha256(hr.fingerprint.encode())
+    for name in names:
+        size = os.stat(folder / find_low(name)).st_size
+        digest.update(f"{name}\0{find_low(name)}\0{size}\n".encode(errors="surrogateescape"))
+    return PairSource(
+        names,
+        hr.locate,
+        digest.hexdigest(),
+        inspected=hr.inspected,
+        skipped=skipped,
+        locate_low=lambda name: folder / find_low(name),
+        scale=cfg.scale,
+    )
+
+
+SOURCES["pairs"] = open_pairs
+
+# %% ../../nbs/tools/200_images.ipynb #0b5a0df0
+class MixedNames(Sequence):
+    "Names of several sources, each with the number of its source in front."
+
+    def __init__(
+        self,
+        parts: Sequence[Sequence[str]],  # names of every source
+        weights: Sequence[float],
+    ):
+        self.parts = list(parts)
+        self.weights = list(weights)
+        self.first = np.cumsum([0, *map(len, self.parts)])
+
+    def __len__(self) -> int:
+        return int(self.first[-1])
+
+    def __getitem__(self, i: int) -> str:
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"name {i} of {len(self)}")
+        i %= len(self)
+        k = int(np.searchsorted(self.first, i, side="right")) - 1
+        return f"{k}/{self.parts[k][i - int(self.first[k])]}"
+
+    def draw(self, u: float) -> int:
+        "Index for a uniform number: a source by weight, then an image uniformly."
+        weights = [w if len(part) else 0.0 for w, part in zip(self.weights, self.parts)]
+        edges = np.cumsum([0.0, *weights]) / sum(weights)
+        k = int(np.searchsorted(edges, u, side="right")) - 1
+        k = min(k, max(j for j, w in enumerate(weights) if w))
+        inside = (u - edges[k]) / (edges[k + 1] - edges[k])
+        return int(self.first[k]) + min(int(inside * len(self.parts[k])), len(self.parts[k]) - 1)
+
+
+class MixedSource:
+    "Several sources as one."
+
+    def __init__(
+        self,
+        sources: Sequence[ImageSource],
+        weights: Sequence[float],
+        first: Sequence[int | None],  # images used of every source; None: all
+    ):
+        self.sources = list(sources)
+        self.names = MixedNames([_first_names(s.names, n) for s, n in zip(sources, first)], weights)
+        identity = [[s.fingerprint, w, n] for s, w, n in zip(sources, weights, first)]
+        self.fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+        self.skipped = sum((Counter(s.skipped) for s in sources), Counter())
+        self.inspected = all(s.inspected for s in sources)
+        scales = {s.scale for s in sources if hasattr(s, "read_low")}
+        self.scale = scales.pop() if scales else None
+
+    def read(self, name: str) -> np.ndarray:
+        "Read one image. Raises `ImageError`."
+        k, _, rest = name.partition("/")
+        return self.sources[int(k)].read(rest)
+
+    def read_low(self, name: str) -> np.ndarray | None:
+        "The LR counterpart from a source of pairs; None from another source."
+        k, _, rest = name.partition("/")
+        source = self.sources[int(k)]
+        return source.read_low(rest) if hasattr(source, "read_low") else None
+
+
+def _first_names(names: Sequence[str], count: int | None) -> Sequence[str]:
+    if count is None:
+        return names
+    return names.first(count) if isinstance(names, LineIndex) else names[:count]
+
+
+def mix_sources(rows: Sequence[Sequence], cfg: DataConfig) -> MixedSource:
+    "Open (source, weight) or (source, weight, first images) rows. Raises `ImageError`."
+    form = 'give (source, weight) or (source, weight, first images), e.g. ("/photos", 1.0, 10000)'
+    opened = []
+    weights = []
+    first = []
+    for row in rows:
+        if isinstance(row, str) or not 1 < len(row) < 4 or not isinstance(row[0], str):
+            raise ImageError("data.sources", f"cannot use {row!r}", form)
+        limit = row[2] if len(row) == 3 else None
+        if row[1] <= 0 or (limit is not None and limit < 1):
+            raise ImageError("data.sources", f"{row!r} gives no image", form)
+        opened.append(open_source(replace(cfg, source=row[0], sources=(), validation="")))
+        weights.append(float(row[1]))
+        first.append(limit)
+    return MixedSource(opened, weights, first)
+
+
+def open_mixture(rest: str, cfg: DataConfig) -> MixedSource:
+    "The rows of a JSON file. Raises `ImageError` if it is missing or no list of rows."
+    try:
+        rows = json.loads(Path(rest).expanduser().read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        hint = 'write [["/photos", 1.0], ["/faces", 1.0, 10000]] into it'
+        raise ImageError(rest, f"no list of sources ({e})", hint) from None
+    if not isinstance(rows, list) or not rows:
+        raise ImageError(rest, "no list of sources", 'write [["/photos", 1.0]] into it')
+    return mix_sources(rows, cfg)
+
+
+SOURCES["mix"] = open_mixture
 
 # %% ../../nbs/tools/200_images.ipynb #4e74e5cc
 def mean_gradient(
@@ -257,10 +444,44 @@ def split_names(names: Sequence[str], cfg: DataConfig) -> dict[str, tuple[str, .
     train = tuple(n for n in names if n not in val)
     return dict(train=train, val=tuple(n for n in names if n in val))
 
+
+def select_part(
+    names: Sequence[str],
+    cfg: DataConfig,
+    part: str,  # "train" or "val"
+) -> Sequence[str]:
+    "The names of one side of the split, source by source."
+    if isinstance(names, MixedNames):
+        return MixedNames([select_part(n, cfg, part) for n in names.parts], names.weights)
+    if not isinstance(names, LineIndex):
+        return split_names(names, cfg)[part]
+
+    def keep(name: str) -> bool:
+        return (split_score(name, cfg.seed) < cfg.val_share) == (part == "val")
+
+    return names.select(keep, f"{part}-{cfg.seed}-{cfg.val_share}")
+
+
+def every_nth(names: Sequence[str], step: int) -> Sequence[str]:
+    "Every `step`-th name, source by source, beginning with the first."
+    if isinstance(names, MixedNames):
+        return MixedNames([every_nth(n, step) for n in names.parts], names.weights)
+    return tuple(names[i] for i in range(0, len(names), step))
+
 # %% ../../nbs/tools/200_images.ipynb #8166f82b
 CANDIDATES = 4  # positions per crop
 CACHE_BYTES = 1 << 30  # decoded images kept, least recently used dropped first
 MAX_READ_ATTEMPTS = 1_000  # images looked at for one crop before giving up
+
+
+class Crop(NamedTuple):
+    "A square crop of an image and where it was taken."
+
+    name: str  # of the image
+    top: int
+    left: int
+    flipped: bool  # mirrored at the vertical axis
+    pixels: np.ndarray  # uint8 (size, size, 3)
 
 
 class Photos:
@@ -272,6 +493,7 @@ class Photos:
         self.names = source.names
         self.manifest_hash = source.fingerprint
         self.skipped = source.skipped  # shared by the splits, as are the two below
+        self.held_out: Photos | None = None  # of `cfg.validation`
         self._cache: OrderedDict[str, np.ndarray] = OrderedDict()
         self._refused: set[str] = set()  # passed over while drawing crops, counted once each
 
@@ -279,7 +501,8 @@ class Photos:
         return len(self.names)
 
     def __repr__(self) -> str:
-        return f"Photos({len(self)} from {self.cfg.source}, skipped {dict(self.skipped)})"
+        source = self.cfg.sources or self.cfg.source
+        return f"Photos({len(self)} from {source}, skipped {dict(self.skipped)})"
 
     def name(self, i: int) -> str:
         "Name of image `i`: relative to the folder, or in `EMBEDDED`."
@@ -296,7 +519,8 @@ class Photos:
             self._cache.move_to_end(name)
             return self._cache[name]
         x = self.source.read(name)
-        if not self.source.inspected and (test_set := find_benchmark(x)):
+        trained = not self.source.inspected and not only_held_out(self.cfg)
+        if trained and (test_set := find_benchmark(x)):
             hint = "keep test images out of the training images"
             raise ImageError(name, f"benchmark image ({test_set})", hint)
         x.flags.writeable = False
@@ -315,23 +539,20 @@ class Photos:
         'The images of "train" or "val". Raises `ImageError` where a side would be empty.'
         if part not in ("train", "val"):
             raise ValueError(f"part must be 'train' or 'val', not {part!r}")
-        seed = self.cfg.seed
-        share = self.cfg.val_share
-        if isinstance(self.names, LineIndex):
-
-            def keep(name: str) -> bool:
-                return (split_score(name, seed) < share) == (part == "val")
-
-            names = self.names.select(keep, f"{part}-{seed}-{share}")
-        else:
-            names = split_names(self.names, self.cfg)[part]
+        if self.held_out is not None:
+            return self.held_out if part == "val" else self
+        names = select_part(self.names, self.cfg, part)
         if not len(names):
             hint = "add images, or change data.val_share"
             raise ImageError(self.cfg.source, f"no photograph for {part}", hint)
         out = self.subset(names)
-        text = f"{self.manifest_hash}:{part}:{seed}:{share}"
+        text = f"{self.manifest_hash}:{part}:{self.cfg.seed}:{self.cfg.val_share}"
         out.manifest_hash = hashlib.sha256(text.encode()).hexdigest()
         return out
+
+    def every_nth(self, step: int) -> Photos:
+        "Every `step`-th image of every source."
+        return self.subset(every_nth(self.names, step))
 
     def crops(
         self,
@@ -341,21 +562,59 @@ class Photos:
         min_gradient_bias: bool = True,  # prefer textured positions
     ) -> Tensor:  # float32 (n, 3, size, size) in [-1, 1]
         "Random crops with random flips. Raises `ImageError` where no image is large enough."
-        k = CANDIDATES if min_gradient_bias else 1
+        crops = self.iterate_crops(n, size, generator, textured=min_gradient_bias)
+        return to_tensor(np.stack([crop.pixels for crop in crops]))
+
+    def iterate_crops(
+        self,
+        n: int,  # how many
+        size: int,  # side in pixels
+        generator: torch.Generator,  # on the CPU; the only source of randomness
+        *,
+        textured: bool = True,  # prefer textured positions
+        align: int = 1,  # positions are multiples of it
+    ) -> Iterator[Crop]:
+        "Random crops as in `crops`, with their positions. Raises `ImageError`."
+        k = CANDIDATES if textured else 1
         u = torch.rand(n, 3 + 2 * k, generator=generator, dtype=torch.float64).numpy()
-        out = np.empty((n, size, size, 3), np.uint8)
-        for row, (pick, choice, flip, *position) in zip(out, u):
-            x = self._read_large_enough(int(pick * len(self)), size)
-            ys = (np.array(position[:k]) * (x.shape[0] - size + 1)).astype(int)
-            xs = (np.array(position[k:]) * (x.shape[1] - size + 1)).astype(int)
+        for pick, choice, flip, *position in u:
+            i, x = self._read_large_enough(self._draw_index(pick), size)
+            ys = (np.array(position[:k]) * (x.shape[0] - size + 1)).astype(int) // align * align
+            xs = (np.array(position[k:]) * (x.shape[1] - size + 1)).astype(int) // align * align
             tiles = [x[top : top + size, left : left + size] for top, left in zip(ys, xs)]
             weight = np.cumsum([mean_gradient(t) + 1 for t in tiles]) if k > 1 else np.ones(1)
-            tile = tiles[int(np.searchsorted(weight, choice * weight[-1], side="right"))]
-            row[:] = tile[:, ::-1] if flip < 0.5 else tile
-        return to_tensor(out)
+            j = int(np.searchsorted(weight, choice * weight[-1], side="right"))
+            flipped = bool(flip < 0.5)
+            pixels = tiles[j][:, ::-1] if flipped else tiles[j]
+            yield Crop(self.names[i], int(ys[j]), int(xs[j]), flipped, pixels)
 
-    def _read_large_enough(self, i: int, size: int) -> np.ndarray:
-        "Image `i`, or the next one that can be read and cut. Those passed over are counted once."
+    def _draw_index(self, u: float) -> int:
+        "Index of an image for a uniform number."
+        if isinstance(self.names, MixedNames):
+            return self.names.draw(u)
+        return int(u * len(self))
+
+    def read_low(self, name: str) -> np.ndarray | None:
+        "The LR counterpart of image `name`; None if its source has none. Raises `ImageError`."
+        return self.source.read_low(name) if self.pair_scale else None
+
+    @property
+    def pair_scale(self) -> int | None:
+        "Scale of a source of pairs; None for other sources."
+        return getattr(self.source, "scale", None)
+
+    def skip(self, name: str, reason: str):
+        "Count an image that was passed over, once."
+        key = f"{reason}:{name}"
+        if key not in self._refused:
+            self._refused.add(key)
+            self.skipped[reason] += 1
+
+    def _read_large_enough(self, i: int, size: int) -> tuple[int, np.ndarray]:
+        """Image `i`, or the next one that can be read and cut, and its index.
+
+        Those passed over are counted once.
+        """
         for step in range(min(len(self), MAX_READ_ATTEMPTS)):
             j = (i + step) % len(self)
             try:
@@ -364,16 +623,22 @@ class Photos:
                 reason = e.reason
             else:
                 if min(x.shape[:2]) >= size:
-                    return x
+                    return j, x
                 reason = f"smaller than a {size} pixel crop"
-            key = f"{reason}:{self.names[j]}"
-            if key not in self._refused:
-                self._refused.add(key)
-                self.skipped[reason] += 1
+            self.skip(self.names[j], reason)
         hint = f"add larger ones or ask for smaller crops (skipped: {dict(self.skipped)})"
         raise ImageError(self.cfg.source, f"no photograph for {size} pixel crops", hint)
 
 
 def load_photos(cfg: DataConfig) -> Photos:
-    "Images of `cfg.source`. Raises `ImageError` where it does not exist or holds nothing usable."
-    return Photos(open_source(cfg), cfg)
+    """Images of `cfg.sources` or `cfg.source`; the held-out ones of `cfg.validation` if it is set.
+
+    Raises `ImageError` where a source does not exist or holds nothing usable.
+    """
+    photos = Photos(open_source(cfg), cfg)
+    if cfg.validation:
+        own = replace(cfg, source=cfg.validation, sources=(), validation="", val_share=1.0)
+        photos.held_out = Photos(open_source(own), own)
+        text = f"{photos.manifest_hash}:{photos.held_out.manifest_hash}"
+        photos.manifest_hash = hashlib.sha256(text.encode()).hexdigest()
+    return photos

@@ -11,7 +11,9 @@ import json
 import mmap
 import os
 import struct
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from itertools import islice
 from pathlib import Path
 
@@ -22,9 +24,16 @@ from ..core.files import write_atomic
 from ..core.image import SUFFIXES
 
 # %% auto #0
-__all__ = ['SORT_RUN', 'FolderWalk', 'directories_unchanged', 'LineIndex', 'build_index']
+__all__ = ['UNREAD_SUFFIXES', 'SORT_RUN', 'FolderWalk', 'directories_unchanged', 'LineIndex', 'build_index']
 
 # %% ../../nbs/tools/201_folder_index.ipynb #e750bc2a
+# images in formats that are not read; a report names them, since one may take them for used
+UNREAD_SUFFIXES = frozenset(
+    ".apng .arw .avif .cr2 .cr3 .dng .exr .gif .hdr .heic .heif .j2k .jp2 .jpx .jxl .nef .orf .pbm"
+    " .pgm .pnm .ppm .psd .raf .rw2 .svg .tga".split()
+)
+
+
 class FolderWalk:
     "Streams (name, bytes) of the image files below `folder`; resumes from `state()`."
 
@@ -35,14 +44,14 @@ class FolderWalk:
         current: str | None = None,  # directory being listed
         done: int = 0,  # entries of it already seen
         dirs: dict[str, int] | None = None,  # directory -> modification time
-        other: int = 0,  # files that are no images
+        other: dict[str, int] | None = None,  # what is passed over: reason -> number
     ):
         self.folder = Path(folder)
         self.pending = list(pending)
         self.current = current
         self.done = done
         self.dirs = dict(dirs or {})
-        self.other = other
+        self.other = Counter(other or {})
 
     def __iter__(self) -> Iterator[tuple[str, int]]:
         while self.current is not None or self.pending:
@@ -68,7 +77,12 @@ class FolderWalk:
         suffix = os.path.splitext(entry.name)[1].lower()
         if entry.is_file() and "\n" not in entry.name and suffix in SUFFIXES:
             return True
-        self.other += 1
+        if entry.is_dir():
+            self.other["linked folder"] += 1
+        elif suffix in UNREAD_SUFFIXES:
+            self.other[f"format not read ({suffix})"] += 1
+        else:
+            self.other["not an image file"] += 1
         return False
 
     def state(self) -> dict:
@@ -78,7 +92,7 @@ class FolderWalk:
             current=self.current,
             done=self.done,
             dirs=self.dirs,
-            other=self.other,
+            other=dict(self.other),
         )
 
 
@@ -95,6 +109,7 @@ class LineIndex(Sequence):
 
     def __init__(self, text: Path, offsets: Path):
         self.path = Path(text)
+        self.count = None  # of lines, where it is less than the text's
         empty = not os.path.getsize(offsets)
         self.offsets = np.empty(0, "<u8") if empty else np.memmap(offsets, "<u8", "r")
         self.text = b""
@@ -111,12 +126,22 @@ class LineIndex(Sequence):
         start = int(self.offsets[i])
         return os.fsdecode(self.text[start : self.text.find(b"\n", start)])
 
+    def first(self, count: int) -> LineIndex:
+        "The first `count` lines, or all."
+        out = copy(self)
+        if count < len(self):
+            out.offsets = self.offsets[:count]
+            out.count = count
+        return out
+
     def select(
         self,
         keep: Callable[[str], bool],
         name: str,  # of the subset, for example "val-0-0.2"
     ) -> LineIndex:
         "The lines that satisfy `keep`. Written once, next to the text."
+        if self.count is not None:
+            name = f"first{self.count}-{name}"
         offsets = self.path.with_name(f"{name}.offsets")
         if not offsets.exists():
             part = offsets.with_suffix(f".{os.getpid()}.part")
@@ -135,7 +160,7 @@ def build_index(
     folder: Path,
     where: Path,  # folder of the index
     run: int = SORT_RUN,
-) -> dict:  # count, other (files that are no images), dirs, sha256 over sorted names and sizes
+) -> dict:  # count, other (number by reason), dirs, sha256 over sorted names and sizes
     """Index the image files below `folder`: names.txt, names.offsets and, last, index.json.
 
     An index whose directories did not change is returned as it is.
@@ -149,13 +174,13 @@ def _build_index(folder: Path, where: Path, run: int) -> dict:
     record = where / "index.json"
     if record.exists():
         known = json.loads(record.read_text())
-        if directories_unchanged(folder, known["dirs"]):
+        if directories_unchanged(folder, known["dirs"]) and isinstance(known["other"], dict):
             return known
     for old in (record, *where.glob("*.offsets")):
         old.unlink(missing_ok=True)
     runs, walk = _write_sorted_runs(folder, where, run)
     count, digest = _merge_runs(runs, where)
-    known = dict(count=count, other=walk.other, dirs=walk.dirs, sha256=digest)
+    known = dict(count=count, other=dict(walk.other), dirs=walk.dirs, sha256=digest)
     write_atomic(record, json.dumps(known))
     for file in (*runs, where / "walk.json"):
         file.unlink(missing_ok=True)
@@ -186,7 +211,8 @@ def _write_sorted_runs(folder: Path, where: Path, run: int) -> tuple[list[Path],
     runs = []
     if position.exists():
         saved = json.loads(position.read_text())
-        if directories_unchanged(folder, saved["walk"]["dirs"]):
+        same = directories_unchanged(folder, saved["walk"]["dirs"])
+        if same and isinstance(saved["walk"]["other"], dict):
             walk = FolderWalk(folder, **saved["walk"])
             runs = [where / n for n in saved["runs"]]
     names = iter(walk)

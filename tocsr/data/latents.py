@@ -91,6 +91,10 @@ class CachedLatents:
                     maps += [vae.encode(v.to(device))[0].cpu() for v in (y, y.flip(-1))]
         return cls(maps, vae.factor)
 
+    def maps_of(self, photographs: int) -> list[Tensor]:
+        "Latents of the first photographs, without mirror images."
+        return self.maps[::2][:photographs]
+
     def crops(
         self,
         n: int,

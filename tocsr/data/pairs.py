@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -17,17 +18,17 @@ from torch import Tensor
 from ..core.config import Profile
 from ..core.distributed import rank, wait_for_all, world_size
 from ..core.files import StoreError, save_weights
-from ..core.image import upsample
+from ..core.image import ImageError, to_tensor, upsample
 from ..core.random import shared_step_generator
 from .degradations import crop_to_multiple, degrade_images
-from .images import Photos, load_photos
+from .images import Crop, Photos, load_photos
 from ..models.autoencoder import LatentAutoencoder
 from ..models.diffusion import ddim_sample
 from ..models.generator import SRModel, start_noise
 
 # %% auto #0
-__all__ = ['CHUNK', 'ENCODE_BATCH', 'ChunkedTensors', 'write_chunks', 'Pairs', 'PairPool', 'crop_hr', 'make_pairs',
-           'cache_teacher_latents']
+__all__ = ['CHUNK', 'ENCODE_BATCH', 'ChunkedTensors', 'write_chunks', 'Pairs', 'PairPool', 'crop_hr', 'crop_pairs',
+           'encode_in_batches', 'make_pairs', 'FreshPairs', 'cache_teacher_latents']
 
 # %% ../../nbs/tools/205_pairs.ipynb #d3458d96
 CHUNK = 64  # rows per file
@@ -52,7 +53,9 @@ class ChunkedTensors:
                 f"a chunk file in {folder} is truncated or not a safetensors file ({e}): "
                 "restore it, or compute the stage again (force=True)"
             ) from e
-        self.size = sum(f.get_slice(next(iter(f.keys()))).get_shape()[0] for f in self.files)
+        counts = [f.get_slice(next(iter(f.keys()))).get_shape()[0] for f in self.files]
+        self.size = sum(counts)
+        self.rows = counts[0]  # per file, fewer in the last one
 
     def __len__(self) -> int:
         return self.size
@@ -61,7 +64,8 @@ class ChunkedTensors:
         "Rows `indices` of tensor `key`, as stored."
         rows = []
         for i in map(int, indices):
-            rows.append(self.files[i // CHUNK].get_slice(key)[i % CHUNK : i % CHUNK + 1])
+            k = i % self.rows
+            rows.append(self.files[i // self.rows].get_slice(key)[k : k + 1])
         return torch.cat(rows)
 
 
@@ -69,20 +73,25 @@ def write_chunks(
     folder: Path,
     count: int,  # rows in all
     make_rows: Callable[[range], dict[str, Tensor]],  # indices -> tensors, a row per index
+    rows: int = CHUNK,  # per file
 ):
     """Write the missing chunk files. The processes of a launch share them.
 
     `make_rows` must not depend on the process.
     """
-    for k, first in enumerate(range(0, count, CHUNK)):
+    for k, first in enumerate(range(0, count, rows)):
         if k % world_size() != rank():
             continue
         file = Path(folder) / f"chunk-{k:06d}.safetensors"
         if not file.exists():
-            save_weights(file, make_rows(range(first, min(first + CHUNK, count))))
+            save_weights(file, make_rows(range(first, min(first + rows, count))))
     wait_for_all()
 
 # %% ../../nbs/tools/205_pairs.ipynb #605fbfbd
+_MAX_PAIR_ATTEMPTS = 100  # crops tried for one pair
+_FRESH_PAIRS = 2**40  # more than a training can visit
+
+
 class Pairs(NamedTuple):
     "A batch of training pairs: images in [-1, 1], latents of about unit variance."
 
@@ -100,6 +109,14 @@ class PairPool(ChunkedTensors):
         indices = [int(i) for i in indices]
         hr, lr, z_h, z_l = (self.read(key, indices).float() for key in ("hr", "lr", "z_h", "z_l"))
         return Pairs(hr / 127.5 - 1, lr / 127.5 - 1, z_h, z_l)
+
+    def images(self, indices: Iterable[int]) -> dict[str, Tensor]:
+        "The pairs of these indices as a dictionary; what is prepared by worker processes."
+        return self.batch(indices)._asdict()
+
+    def encode(self, batch: dict[str, Tensor]) -> Pairs:
+        "A batch of `images` as pairs; their latents are stored."
+        return Pairs(**{name: batch[name] for name in Pairs._fields})
 
     def first(self, count: int) -> Pairs:
         "The first `count` pairs, or all."
@@ -123,6 +140,80 @@ def crop_hr(
     return crop_to_multiple(torch.cat(crops), multiple)
 
 
+def _stored_low(photos: Photos, crop: Crop, side: int) -> Tensor | None:
+    "LR pixels (1, 3, h, w) of the same place as an HR crop; None for a source without LR images."
+    scale = photos.pair_scale
+    low = photos.read_low(crop.name)
+    if low is None:
+        return None
+    top = crop.top // scale
+    left = crop.left // scale
+    tile = low[top : top + side // scale, left : left + side // scale]
+    return to_tensor(np.ascontiguousarray(tile[:, ::-1] if crop.flipped else tile)[None])
+
+
+def _draw_paired(photos: Photos, side: int, seed: int, index: int) -> tuple[Tensor, Tensor | None]:
+    "HR crop `index` and its LR pixels; images whose LR file cannot be used are counted and passed."
+    generator = shared_step_generator(seed, index)
+    align = photos.pair_scale
+    for crop in photos.iterate_crops(_MAX_PAIR_ATTEMPTS, side, generator, align=align):
+        try:
+            low = _stored_low(photos, crop, side)
+        except ImageError as e:
+            photos.skip(crop.name, e.reason)
+            continue
+        return to_tensor(np.ascontiguousarray(crop.pixels)[None]), low
+    hint = f"check the LR images (skipped: {dict(photos.skipped)})"
+    raise ImageError(photos.cfg.source, "no usable pair", hint)
+
+
+def crop_pairs(
+    photos: Photos,
+    side: int,  # HR pixels, before cropping to a multiple
+    factor: int,  # of the autoencoder that encodes both
+    *,
+    degradation: str,  # of images without an LR counterpart
+    scale: int,
+    seed: int,
+    indices: Sequence[int],  # pair i depends on the seed and i alone
+    degradation_seeds: Sequence[int],  # one per index
+) -> tuple[Tensor, Tensor]:  # (n, 3, s*h, s*w), (n, 3, h, w) in [-1, 1]
+    """Random HR crops and their LR counterparts: degraded, or cut from a source of pairs.
+
+    HR sides are cropped to multiples of the scale and of `factor`. Raises `ImageError` for a
+    source of pairs of another scale.
+    """
+    multiple = math.lcm(scale, factor)
+    if photos.pair_scale is None:
+        hr = crop_hr(photos, side, multiple, seed=seed, indices=indices)
+        return hr, degrade_images(hr, degradation, scale, degradation_seeds)
+    if photos.pair_scale != scale:
+        hint = f"open it with data.scale={scale}"
+        raise ImageError(photos.cfg.source, f"pairs of scale {photos.pair_scale}", hint)
+    side = side // multiple * multiple
+    hrs = []
+    lrs = []
+    for index, number in zip(indices, degradation_seeds):
+        hr, lr = _draw_paired(photos, side, seed, index)
+        hrs.append(hr)
+        lrs.append(degrade_images(hr, degradation, scale, [number]) if lr is None else lr)
+    return torch.cat(hrs), torch.cat(lrs)
+
+
+def _degradation_seeds(seed: int, indices: Iterable[int]) -> list[int]:
+    return [seed * 1_000_003 + i for i in indices]
+
+
+@torch.no_grad()
+def encode_in_batches(
+    vae: LatentAutoencoder,
+    images: Tensor,  # (n, 3, h, w)
+) -> Tensor:  # (n, c, h/f, w/f) on the CPU
+    "Latents of images, `ENCODE_BATCH` at a time, on the autoencoder's device."
+    device = next(vae.parameters()).device
+    return torch.cat([vae.encode(x.to(device)).cpu() for x in images.split(ENCODE_BATCH)])
+
+
 @torch.no_grad()
 def make_pairs(
     folder: Path,
@@ -139,19 +230,88 @@ def make_pairs(
     "Crop, degrade and encode `count` pairs. Existing files are kept."
     vae = vae.to(device).eval()
 
-    def encode(images):
-        parts = images.split(ENCODE_BATCH)
-        return torch.cat([vae.encode(x.to(device)).cpu() for x in parts]).half()
-
     def make_rows(indices):
-        hr = crop_hr(photos, patch, math.lcm(scale, vae.factor), seed=seed, indices=indices)
-        lr = degrade_images(hr, degradation, scale, [seed * 1_000_003 + i for i in indices])
-        z_h = encode(hr)
-        z_l = encode(upsample(lr, scale))
+        hr, lr = crop_pairs(
+            photos,
+            patch,
+            vae.factor,
+            degradation=degradation,
+            scale=scale,
+            seed=seed,
+            indices=indices,
+            degradation_seeds=_degradation_seeds(seed, indices),
+        )
+        z_h = encode_in_batches(vae, hr).half()
+        z_l = encode_in_batches(vae, upsample(lr, scale)).half()
         return dict(hr=_to_bytes(hr), lr=_to_bytes(lr), z_h=z_h, z_l=z_l)
 
     write_chunks(folder, count, make_rows)
     return PairPool(folder)
+
+
+class FreshPairs:
+    """Training pairs that are cropped, degraded and encoded when they are asked for.
+
+    It is read like a `PairPool` of `_FRESH_PAIRS` pairs, so that random indices give new pairs at
+    every step (algorithm S3). Pair i depends on the seed and i alone, and equals pair i of
+    `make_pairs` with the same arguments, except that its latents are not rounded.
+    """
+
+    def __init__(
+        self,
+        vae: LatentAutoencoder,
+        photos: Photos,  # of one split
+        *,
+        degradation: str,  # name of a registered degradation
+        patch: int = 128,  # HR side in pixels, before cropping to a multiple
+        scale: int = 4,
+        seed: int = 0,
+        device: str | torch.device = "cpu",  # of the autoencoder
+    ):
+        self.vae = vae.to(device).eval()
+        self.photos = photos
+        self.degradation = degradation
+        self.patch = patch
+        self.scale = scale
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return _FRESH_PAIRS
+
+    def images(self, indices: Iterable[int]) -> dict[str, Tensor]:
+        "HR and LR images, on the CPU; what is prepared by worker processes."
+        indices = [int(i) for i in indices]
+        hr, lr = crop_pairs(
+            self.photos,
+            self.patch,
+            self.vae.factor,
+            degradation=self.degradation,
+            scale=self.scale,
+            seed=self.seed,
+            indices=indices,
+            degradation_seeds=_degradation_seeds(self.seed, indices),
+        )
+        return dict(hr=hr, lr=lr)
+
+    @torch.no_grad()
+    def encode(self, batch: dict[str, Tensor]) -> Pairs:
+        "Add the latents to a batch of `images`, on the device of the batch."
+        hr = batch["hr"]
+        lr = batch["lr"]
+        vae = self.vae.to(hr.device)
+        return Pairs(hr, lr, vae.encode(hr), vae.encode(upsample(lr, self.scale)))
+
+    @torch.no_grad()
+    def batch(self, indices: Iterable[int]) -> Pairs:
+        "The pairs of these indices, on the CPU; encoded on the autoencoder's device."
+        made = self.images(indices)
+        z_h = encode_in_batches(self.vae, made["hr"])
+        z_l = encode_in_batches(self.vae, upsample(made["lr"], self.scale))
+        return Pairs(made["hr"], made["lr"], z_h, z_l)
+
+    def first(self, count: int) -> Pairs:
+        "The first `count` pairs."
+        return self.batch(range(count))
 
 # %% ../../nbs/tools/205_pairs.ipynb #5dbd3082
 HELD_OUT_SEED = 7919  # added to the data's seed
@@ -161,16 +321,21 @@ HELD_OUT_DEGRADATION = 10**9  # first seed of a degradation; no training pair re
 def heldout_pairs(
     p: Profile,
     side: int | None = None,  # HR pixels, before cropping to a multiple; None: `p.eval.crop`
-    factor: int = 1,  # of the autoencoder that reads the upsampled LR images
+    factor: int = 8,  # of the autoencoder that reads the upsampled LR images
 ) -> tuple[Tensor, Tensor]:  # (n, 3, s*h, s*w), (n, 3, h, w) in [-1, 1]
     "`p.eval.crops` HR crops of held-out photographs and their degraded LR counterparts."
     photos = load_photos(p.data).split("val")
     indices = range(p.eval.crops)
-    multiple = math.lcm(p.data.scale, factor)
-    seed = p.data.seed + HELD_OUT_SEED
-    hr = crop_hr(photos, side or p.eval.crop, multiple, seed=seed, indices=indices)
-    seeds = [HELD_OUT_DEGRADATION + i for i in indices]
-    return hr, degrade_images(hr, p.eval.degradation, p.data.scale, seeds)
+    return crop_pairs(
+        photos,
+        side or p.eval.crop,
+        factor,
+        degradation=p.eval.degradation,
+        scale=p.data.scale,
+        seed=p.data.seed + HELD_OUT_SEED,
+        indices=indices,
+        degradation_seeds=[HELD_OUT_DEGRADATION + i for i in indices],
+    )
 
 # %% ../../nbs/tools/205_pairs.ipynb #d7e3dc8e
 @torch.no_grad()

@@ -9,12 +9,13 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
+from ..core.distributed import rank, world_size
 from ..core.statistics import percentile_interval, resample_indices
 from ..models.diffusion import eval_timesteps, signal_noise
 from ..models.linear_denoiser import LinearDenoiser
 
 # %% auto #0
-__all__ = ['denoising_errors', 'linear_epsilon', 'linear_ratio']
+__all__ = ['MAX_VALUES', 'denoising_errors', 'linear_epsilon', 'linear_ratio']
 
 # %% ../../nbs/tools/505_denoising.ipynb #508ec19b
 @torch.no_grad()
@@ -24,21 +25,43 @@ def denoising_errors(
     schedule: DDPMScheduler,
     levels: int = 10,
     seed: int = 0,
-    batch: int = 64,
-) -> Tensor:  # (levels, n) mean squared error per latent
+    batch: int = 64,  # latents per call of `denoise`; less where latents are large
+    device: str | torch.device = "cpu",  # that `denoise` is called on
+) -> Tensor:  # (levels, n) mean squared error per latent, on the CPU
     """Squared error of the noise estimate at every level, with common random numbers for all
     denoisers.
+
+    The processes of a launch divide the latents among them, and all return all errors.
     """
+    batch = max(1, min(batch, MAX_VALUES // z0[0].numel()))
+    own = torch.arange(rank() if world_size() > 1 else 0, len(z0), world_size())
     rows = []
     for i, t in enumerate(eval_timesteps(levels)):
         g = torch.Generator().manual_seed(seed * 1000 + i)
         noise = torch.randn(z0.shape, generator=g)
-        row = []
-        for z, e in zip(z0.split(batch), noise.split(batch)):
-            tt = t.expand(len(z))
-            row.append((denoise(schedule.add_noise(z, e, tt), tt) - e).pow(2).flatten(1).mean(1))
+        row = [torch.empty(0)]
+        for indices in own.split(batch):
+            tt = t.expand(len(indices)).to(device)
+            e = noise[indices].to(device)
+            z_t = schedule.add_noise(z0[indices].to(device), e, tt)
+            row.append((denoise(z_t, tt) - e).pow(2).flatten(1).mean(1).float().cpu())
         rows.append(torch.cat(row))
-    return torch.stack(rows)
+    return _gather_columns(torch.stack(rows), len(z0))
+
+
+MAX_VALUES = 2**21  # of the latents in a call: 32 of 16x64x64
+
+
+def _gather_columns(own: Tensor, n: int) -> Tensor:
+    "Columns rank, rank + world size, ... of every process -> all `n` columns."
+    if world_size() == 1:
+        return own
+    parts = [None] * world_size()
+    torch.distributed.all_gather_object(parts, own)
+    out = torch.empty(len(own), n)
+    for r, part in enumerate(parts):
+        out[:, r :: world_size()] = part
+    return out
 
 
 def linear_epsilon(linear: LinearDenoiser, schedule: DDPMScheduler):

@@ -5,20 +5,37 @@
 # %% ../../nbs/tools/506_held_out.ipynb #0d246d98
 from __future__ import annotations
 
+import hashlib
+import math
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ..core.append_log import AppendOnlyLog
 from ..core.config import Profile
+from ..core.distributed import rank, wait_for_all, world_size
+from ..core.files import read_weights, save_weights
 from ..core.image import upsample
 from ..core.runtime import pick_device
-from ..data.pairs import heldout_pairs
-from .metrics import measure, summarize_values
+from ..data.degradations import degrade_images
+from ..data.images import load_photos
+from ..data.pairs import HELD_OUT_DEGRADATION, HELD_OUT_SEED, crop_hr
+from tocsr.evaluation.metrics import (
+    find_metric,
+    find_unavailable,
+    frechet_distance,
+    measure,
+    summarize_values,
+    to_unit,
+)
 from ..models.autoencoder import LatentAutoencoder
 from ..models.complexity import count_macs, count_params
 from ..models.consistency import CONSISTENCY_FACTOR, back_project
@@ -27,7 +44,7 @@ from ..models.regression import RegressionNet
 
 # %% auto #0
 __all__ = ['summarize_metrics', 'upscale_with_bicubic', 'upscale_with_regression', 'count_cost', 'upscale_with_steps',
-           'upscale_with_student', 'make_methods', 'run_method', 'evaluate_methods']
+           'upscale_with_student', 'make_methods']
 
 # %% ../../nbs/tools/506_held_out.ipynb #70406ba4
 def summarize_metrics(
@@ -133,7 +150,7 @@ def upscale_with_student(
 def make_methods(
     multistep: dict[str, SRModel],
     students: dict[str, OneStepGenerator],
-    net: RegressionNet,
+    net: RegressionNet | None,  # None: left out
     vae: LatentAutoencoder,  # of the multi-step models
     p: Profile,
     side: int,  # HR side on which costs are counted
@@ -142,8 +159,9 @@ def make_methods(
     device = str(pick_device(p.device))
     call = dict(scale=p.data.scale, seed=p.seed, device=device, side=side)
     trained = p.data.patch
-    regression = upscale_with_regression(net, side, trained_px=trained, device=device)
-    methods = [upscale_with_bicubic(p.data.scale), regression]
+    methods = [upscale_with_bicubic(p.data.scale)]
+    if net is not None:
+        methods.append(upscale_with_regression(net, side, trained_px=trained, device=device))
     for name, model in multistep.items():
         steps = p.onestep.teacher_steps
         methods.append(
@@ -160,36 +178,167 @@ def make_methods(
     return methods
 
 # %% ../../nbs/tools/506_held_out.ipynb #6443bc02
+class HeldOutPairs:
+    "The pairs of `heldout_pairs`, made one at a time."
+
+    def __init__(
+        self,
+        p: Profile,
+        side: int | None = None,  # HR pixels, before cropping to a multiple; None: `p.eval.crop`
+        factor: int = 1,  # of the autoencoder that reads the upsampled LR images
+    ):
+        self.p = p
+        self.side = side or p.eval.crop
+        self.multiple = math.lcm(p.data.scale, factor)
+        self.photos = load_photos(p.data).split("val")
+
+    def __len__(self) -> int:
+        return self.p.eval.crops
+
+    def pair(self, i: int) -> tuple[Tensor, Tensor]:  # (1, 3, s*h, s*w), (1, 3, h, w) in [-1, 1]
+        "HR crop `i` and its degraded LR counterpart."
+        seed = self.p.data.seed + HELD_OUT_SEED
+        hr = crop_hr(self.photos, self.side, self.multiple, seed=seed, indices=[i])
+        seeds = [HELD_OUT_DEGRADATION + i]
+        return hr, degrade_images(hr, self.p.eval.degradation, self.p.data.scale, seeds)
+
+
+SHOWN = 4  # images that are kept
+
+
+@dataclass(frozen=True)
+class Measured:
+    "What one method reached on the held-out pairs."
+
+    values: dict[str, list[float] | str]  # metric -> a value per image, or why there are none
+    seconds: float  # median per image
+    images: Tensor  # (<= 4, 3, h, w), the first results
+
+
 @torch.no_grad()
-def run_method(method: Method, lr: Tensor) -> tuple[Tensor, float]:
-    "Results (n, 3, s*h, s*w) and median seconds per image."
-    method.upscale(lr[:1], indices=[0])
-    images = []
-    seconds = []
-    for i, image in enumerate(lr.split(1)):
-        begin = time.perf_counter()
-        images.append(method.upscale(image, indices=[i]))
-        seconds.append(time.perf_counter() - begin)
-    return torch.cat(images), statistics.median(seconds)
+def measure_methods(
+    upscalers: dict[str, Callable[[Tensor], Tensor]],  # name -> function of lr and indices=[i]
+    pairs: HeldOutPairs,
+    metrics: tuple[str, ...],
+    folder: str | Path,  # of values, features and the first images; shared by all processes
+    *,
+    device: str | torch.device = "cpu",  # that metrics are computed on
+) -> dict[str, Measured]:
+    """Run methods on the held-out pairs, one image at a time.
+
+    The processes of a launch divide the images. Values are appended to a file per process, and an
+    interrupted evaluation continues from it. No result is kept but the first images.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    of_sets = [name for name in metrics if find_metric(name).features]
+    of_images = [name for name in metrics if name not in of_sets]
+    log = AppendOnlyLog(folder / f"values-{rank()}.jsonl")
+    done = {(r["method"], r["image"]) for r in log}
+    warm = set()
+    own = range(rank() if world_size() > 1 else 0, len(pairs), world_size())
+    for i in own:
+        missing = [name for name in upscalers if (name, i) not in done]
+        if not missing:
+            continue
+        hr, lr = pairs.pair(i)
+        if of_sets:
+            _save_features(folder, "HR", i, of_sets, hr.to(device))
+        for name in missing:
+            if name not in warm:
+                upscalers[name](lr, indices=[i])
+                warm.add(name)
+            begin = time.perf_counter()
+            sr = upscalers[name](lr, indices=[i])
+            seconds = time.perf_counter() - begin
+            values = measure(of_images, sr.to(device), hr.to(device), border=pairs.p.data.scale)
+            if of_sets:
+                _save_features(folder, name, i, of_sets, sr.to(device))
+            if i < SHOWN:
+                save_weights(_result_file(folder, name, i, "safetensors"), dict(image=sr[0].cpu()))
+            log.append(dict(method=name, image=i, seconds=seconds, values=values))
+    wait_for_all()
+    return _collect(folder, list(upscalers), pairs, of_images, of_sets=of_sets)
+
+
+def _result_file(folder: Path, name: str, i: int, suffix: str) -> Path:
+    "A file of one method and image; names of methods need not be names of files."
+    return folder / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}-{i}.{suffix}"
+
+
+def _save_features(folder: Path, name: str, i: int, metrics: list[str], image: Tensor):
+    "Features of an image (1, 3, h, w) in [-1, 1] for every available metric of sets."
+    for m in metrics:
+        if find_unavailable([m])[m] is None and min(image.shape[-2:]) >= find_metric(m).min_side:
+            features = find_metric(m).features([to_unit(image[0])])
+            np.save(_result_file(folder, name, i, f"{m}.npy"), np.atleast_2d(features))
+
+
+def _set_values(folder: Path, name: str, metric: str, n: int) -> list[float] | str:
+    "Distance of the features of a method's images to those of the HR images, or why there is none."
+    m = find_metric(metric)
+    if reason := find_unavailable([metric])[metric]:
+        return f"not available: {reason}"
+    if n < m.min_images:
+        return f"not available: needs {m.min_images} images or more, got {n}"
+    sets = []
+    for source in (name, "HR"):
+        files = [_result_file(folder, source, i, f"{metric}.npy") for i in range(n)]
+        if not all(f.is_file() for f in files):
+            return f"not available: needs images of {m.min_side} px or more"
+        sets.append(np.concatenate([np.load(f) for f in files]))
+    return [frechet_distance(*sets)]
+
+
+def _collect(
+    folder: Path,
+    names: list[str],
+    pairs: HeldOutPairs,
+    of_images: list[str],
+    *,
+    of_sets: list[str],
+) -> dict[str, Measured]:
+    "The values of all processes in the order of the images."
+    records = {}
+    for file in sorted(folder.glob("values-*.jsonl")):
+        records |= {(r["method"], r["image"]): r for r in AppendOnlyLog(file)}
+    n = len(pairs)
+    out = {}
+    for name in names:
+        rows = [records[name, i] for i in range(n)]
+        values = {}
+        for m in of_images:
+            found = [r["values"][m] for r in rows]
+            reasons = [v for v in found if isinstance(v, str)]
+            values[m] = reasons[0] if reasons else [v[0] for v in found]
+        values |= {m: _set_values(folder, name, m, n) for m in of_sets}
+        files = [_result_file(folder, name, i, "safetensors") for i in range(min(SHOWN, n))]
+        images = torch.stack([read_weights(f)["image"] for f in files])
+        out[name] = Measured(values, statistics.median(r["seconds"] for r in rows), images)
+    return out
 
 
 def evaluate_methods(
     methods: list[Method],
     p: Profile,
     side: int,  # of the held-out crops, HR pixels
+    folder: str | Path | None = None,  # of `measure_methods`; None: a temporary one
 ) -> tuple[list[dict], dict[str, Tensor], dict[str, dict]]:
     """Evaluate methods on the same crops.
 
     Returns one row per method, the first images (<= 4, 3, h, w) by method, and every crop's values
     by method and metric."""
-    hr, lr = heldout_pairs(p, side)
+    if folder is None:
+        with tempfile.TemporaryDirectory() as temporary:
+            return evaluate_methods(methods, p, side, temporary)
+    pairs = HeldOutPairs(p, side)
+    upscalers = {m.name: m.upscale for m in methods}
+    device = pick_device(p.device)
+    measured = measure_methods(upscalers, pairs, p.eval.metrics, folder, device=device)
+    first = [pairs.pair(i) for i in range(min(SHOWN, len(pairs)))]
     rows = []
-    images = dict(LR=lr[:4])
-    values = {}
     for m in methods:
-        sr, seconds = run_method(m, lr)
-        images[m.name] = sr[:4]
-        values[m.name] = measure(p.eval.metrics, sr, hr, border=p.data.scale)
+        found = measured[m.name]
         rows.append(
             dict(
                 method=m.name,
@@ -198,8 +347,11 @@ def evaluate_methods(
                 params_M=m.params / 1e6,
                 trained_px=m.trained_px,
                 evaluated_px=side,
-                seconds=seconds,
-                **{name: summarize_values(v) for name, v in values[m.name].items()},
+                seconds=found.seconds,
+                **{name: summarize_values(v) for name, v in found.values.items()},
             )
         )
-    return rows, images | dict(HR=hr[:4]), values
+    images = dict(LR=torch.cat([lr for _, lr in first]))
+    images |= {name: found.images for name, found in measured.items()}
+    images["HR"] = torch.cat([hr for hr, _ in first])
+    return rows, images, {name: found.values for name, found in measured.items()}

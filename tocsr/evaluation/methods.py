@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -16,9 +16,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..core.files import file_hash, load_weights
+from ..core.files import StoreError, file_hash, load_weights, read_weights
 from ..core.fingerprint import config_hash, source_hash
-from ..core.image import imresize
+from ..core.image import imresize, read_image, to_tensor
 from ..core.weights import bundled_weights
 from tocsr.evaluation.baselines import (
     BASELINES,
@@ -27,10 +27,11 @@ from tocsr.evaluation.baselines import (
     find_baseline,
     missing_baseline,
 )
-from .test_sets import EVAL_SCALE, EvalError
+from .model_files import open_checkpoint, open_onnx
+from .test_sets import EVAL_SCALE, EvalError, TestSet, match_images
 
 # %% auto #0
-__all__ = ['open_method']
+__all__ = ['autocast', 'open_results', 'at_scale', 'open_method']
 
 # %% ../../nbs/tools/508_methods.ipynb #29fb9826
 RELEASED = "tocsr"  # the released model
@@ -43,8 +44,9 @@ DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16)
 
 @dataclass(frozen=True)
 class SRMethod:
-    """A x4 super-resolution method. `load(threads, dtype)` returns a function of
-    lr (1, 3, h, w) in [-1, 1] and the image's index; its result is (1, 3, 4h, 4w).
+    """A super-resolution method. `load(threads, dtype)` returns a function of
+    lr (1, 3, h, w) in [-1, 1] and the image's index; its result is (1, 3, scale*h, scale*w),
+    both on the CPU.
     """
 
     name: str
@@ -52,14 +54,23 @@ class SRMethod:
     key: str  # hash of everything that decides its results
     load: Callable[[int, str], Callable[[Tensor, int], Tensor]] | None = None
     missing: str | None = None  # why it cannot run
+    scale: int = EVAL_SCALE
+    device: str = "cpu"  # that computes
+    # index -> hash of a given image; the method itself is not timed then
+    image_key: Callable[[int], str] | None = None
 
 # %% ../../nbs/tools/508_methods.ipynb #cf49f51a
-def _load_bicubic(threads: int, dtype: str) -> Callable:
+def autocast(device: str, dtype: str) -> torch.autocast:
+    "A context in which a network computes in `dtype`, of `DTYPES`."
+    return torch.autocast(torch.device(device).type, DTYPES[dtype], enabled=dtype != "fp32")
+
+
+def _load_bicubic(threads: int, dtype: str, *, scale: int) -> Callable:
     if dtype != "fp32":
         raise EvalError("bicubic is computed in fp32 only")
 
     def upscale(lr, index):
-        return imresize(lr, EVAL_SCALE)
+        return imresize(lr, scale)
 
     return upscale
 
@@ -70,13 +81,14 @@ def _load_pipeline(
     *,
     folder: Path,
     consistency_factor: int | None = None,  # None: the pipeline's own
+    device: str = "cpu",
 ) -> Callable:
     from tocsr.inference.pipeline import TOCSRPipeline  # diffusers takes seconds to import
 
-    pipe = TOCSRPipeline.from_pretrained(folder)
+    pipe = TOCSRPipeline.from_pretrained(folder).to(device)
 
     def upscale(lr, index):
-        with torch.autocast("cpu", DTYPES[dtype], enabled=dtype != "fp32"):
+        with autocast(device, dtype):
             return pipe.upscale_tensor(lr, seed=index, consistency_factor=consistency_factor)
 
     return upscale
@@ -89,6 +101,14 @@ def _load_baseline(threads: int, dtype: str, *, name: str) -> Callable:
         return net(lr)
 
     return upscale
+
+
+def _is_regression(file: Path) -> bool:
+    "Whether a safetensors file holds a regression network of tocsr."
+    try:
+        return {"head.weight", "tail.weight"} <= read_weights(file).keys()
+    except StoreError:
+        return False
 
 
 def _read_regression(file: Path) -> torch.nn.Module:
@@ -110,12 +130,12 @@ def _read_regression(file: Path) -> torch.nn.Module:
     return load_weights(file, RegressionNet(blocks, len(state["head.weight"]), scale)).eval()
 
 
-def _load_regression(threads: int, dtype: str, *, file: Path) -> Callable:
-    net = _read_regression(file)
+def _load_regression(threads: int, dtype: str, *, file: Path, device: str = "cpu") -> Callable:
+    net = _read_regression(file).to(device)
 
     def upscale(lr, index):
-        with torch.autocast("cpu", DTYPES[dtype], enabled=dtype != "fp32"):
-            return net(lr).float()
+        with autocast(device, dtype):
+            return net(lr.to(device)).float().cpu()
 
     return upscale
 
@@ -129,21 +149,26 @@ _TITLES = {
 }
 
 
-def _open_pipeline(name: str, folder: Path, consistency_factor: int | None = None) -> SRMethod:
-    from tocsr.inference.pipeline import TOCSRPipeline
+def _open_pipeline(
+    name: str, folder: Path, device: str, consistency_factor: int | None = None
+) -> SRMethod:
+    from tocsr.inference.pipeline import TOCSRPipeline, read_model_index
 
     parts = sorted(f for f in folder.rglob("*") if f.suffix in (".safetensors", ".json"))
     files = [(str(f.relative_to(folder)), file_hash(f)) for f in parts]
     options = [] if consistency_factor is None else [consistency_factor]
     key = config_hash(files, source_hash(TOCSRPipeline), *options)
-    load = partial(_load_pipeline, folder=folder, consistency_factor=consistency_factor)
-    return SRMethod(name, _TITLES.get(name, name), key, load)
+    load = partial(
+        _load_pipeline, folder=folder, consistency_factor=consistency_factor, device=device
+    )
+    scale = read_model_index(folder).get("scale", EVAL_SCALE)
+    return SRMethod(name, _TITLES.get(name, name), key, load, scale=scale, device=device)
 
 
-def _open_released(name: str) -> SRMethod:
+def _open_released(name: str, device: str) -> SRMethod:
     factor = WEAK_CONSISTENCY if name == RELEASED_WEAK else None
     try:
-        return _open_pipeline(name, bundled_weights("onestep"), factor)
+        return _open_pipeline(name, bundled_weights("onestep"), device, factor)
     except FileNotFoundError as e:
         return SRMethod(name, _TITLES[name], "", missing=str(e))
 
@@ -159,7 +184,97 @@ def _open_baseline(name: str) -> SRMethod:
     )
 
 
-def open_method(spec: str | Path | SRMethod) -> SRMethod:
+def _load_folder(
+    threads: int, dtype: str, *, files: Sequence[Path], scale: int, title: str
+) -> Callable:
+    def read(lr, index):
+        x = to_tensor(read_image(files[index]))[None]
+        height, width = (scale * n for n in lr.shape[-2:])
+        if x.shape[-2:] != (height, width):
+            raise EvalError(
+                f"{files[index]}: {x.shape[-1]}x{x.shape[-2]} px, the test set needs "
+                f"{width}x{height} px (x{scale}); {title} must be the results for this test set"
+            )
+        return x
+
+    return read
+
+
+def open_results(
+    name: str,
+    folder: str | Path,  # images that another program made, named as in `match_images`
+    dataset: TestSet,
+) -> SRMethod:
+    """Given results as a method: scored, not timed; the content of each file is its key.
+
+    Raises `EvalError` for missing files; for wrong sizes when an image is read.
+    """
+    files = match_images(dataset.names, folder)
+    hashes = [file_hash(f) for f in files]
+    return SRMethod(
+        name,
+        name,
+        config_hash("given results"),
+        partial(_load_folder, files=files, scale=dataset.scale, title=name),
+        scale=dataset.scale,
+        device="not timed",
+        image_key=hashes.__getitem__,
+    )
+
+
+def _load_resized(threads: int, dtype: str, *, method: SRMethod, scale: int) -> Callable:
+    upscale = method.load(threads, dtype)
+
+    def resized(lr, index):
+        size = tuple(scale * n for n in lr.shape[-2:])
+        return imresize(upscale(lr, index), size=size)
+
+    return resized
+
+
+def at_scale(
+    method: SRMethod,
+    scale: int,
+    resize: bool = False,  # its results by bicubic, where its own factor is another one
+) -> SRMethod:
+    "The method at a scale. Raises `EvalError` for another factor unless `resize`."
+    if method.scale == scale or method.missing:
+        return method
+    if getattr(method.load, "func", None) is _load_bicubic:
+        return open_method("bicubic", scale)
+    if not resize:
+        raise EvalError(
+            f"{method.title} upscales by {method.scale}, the test set by {scale}; choose a model "
+            "of that factor, or have its results resized by bicubic (--resize)"
+        )
+    return replace(
+        method,
+        title=f"{method.title} (x{method.scale}, resized)",
+        key=config_hash(method.key, "resized", scale),
+        load=partial(_load_resized, method=method, scale=scale),
+        scale=scale,
+    )
+
+
+def _open_file(path: Path, device: str) -> SRMethod:
+    "A network in a file: ours, an ONNX graph, or one that spandrel knows."
+    if path.suffix.lower() == ".onnx":
+        net = open_onnx(path)
+    elif path.suffix.lower() == ".safetensors" and _is_regression(path):
+        load = partial(_load_regression, file=path, device=device)
+        return SRMethod("l1", _TITLES["l1"], file_hash(path), load, device=device)
+    else:
+        net = open_checkpoint(path)
+    where = device if net.any_device else "cpu"
+    load = partial(net.load, device=where)
+    return SRMethod(path.stem, net.title, net.key, load, scale=net.scale, device=where)
+
+
+def open_method(
+    spec: str | Path | SRMethod,
+    scale: int = EVAL_SCALE,  # of bicubic; other methods have one of their own
+    device: str = "cpu",  # of networks; ncnn, ONNX files and bicubic use the CPU
+) -> SRMethod:
     """A method by name, folder or file; one that cannot run has the reason in `missing`.
 
     Raises `EvalError` for anything else.
@@ -168,19 +283,19 @@ def open_method(spec: str | Path | SRMethod) -> SRMethod:
         return spec
     name = str(spec)
     if name == "bicubic":
-        return SRMethod(name, "bicubic", config_hash(name, source_hash(imresize)), _load_bicubic)
+        key = config_hash(name, source_hash(imresize))
+        return SRMethod(name, "bicubic", key, partial(_load_bicubic, scale=scale), scale=scale)
     if name in BASELINES:
         return _open_baseline(name)
     if name in (RELEASED, RELEASED_WEAK):
-        return _open_released(name)
+        return _open_released(name, device)
     path = Path(name).expanduser()
     if path.is_dir():
-        return _open_pipeline(path.name, path)
+        return _open_pipeline(path.name, path, device)
     if path.is_file():
-        load = partial(_load_regression, file=path)
-        return SRMethod("l1", _TITLES["l1"], file_hash(path), load)
+        return _open_file(path, device)
     names = ", ".join((*NAMED_METHODS, RELEASED_WEAK))
     raise EvalError(
-        f"unknown model {name!r}; choose from {names}, the folder of a saved pipeline, or the file "
-        "of a regression network"
+        f"unknown model {name!r}; choose from {names}, the folder of a saved pipeline, or a file "
+        "(.safetensors, .pth, .onnx)"
     )

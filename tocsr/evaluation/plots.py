@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from .. import __version__
-from ..core.config import Profile
+from ..core.config import Profile, default_way, folder_name, is_standard
 from ..core.files import file_hash, project_root, runs_dir, write_atomic, write_json
 from ..core.fingerprint import source_hash
 from ..core.image import to_array
@@ -123,11 +123,21 @@ COMMITTED_PROFILES = ("cpu", "release", "gpu", "paper")  # their figures belong 
 
 
 def figures_dir(profile: Profile) -> Path:
-    "The folder for figures and tables of a run under `profile`."
+    """The folder for figures and tables of a run under `profile`.
+
+    That of the repository only for a profile as it is defined; another way or other fields have a
+    folder of their own.
+    """
     root = project_root()
-    if root and profile.name in COMMITTED_PROFILES and os.environ.get("IN_TEST") != "1":
+    standard = is_standard(profile)
+    if (
+        root
+        and standard
+        and profile.name in COMMITTED_PROFILES
+        and os.environ.get("IN_TEST") != "1"
+    ):
         return root / "paper_figures"
-    return runs_dir() / "figures" / profile.name
+    return runs_dir() / "figures" / folder_name(profile)
 
 # %% ../../nbs/tools/501_plots.ipynb #ee7f47f1
 RECORDED_PACKAGES = (
@@ -170,6 +180,13 @@ def _package_version(name: str) -> str:
         return "not installed"
 
 
+def _command(profile: Profile) -> str:
+    "The command that makes the results of a profile."
+    if profile.way == default_way(profile.name):
+        return f"make reproduce PROFILE={profile.name}"
+    return f"tocsr reproduce --profile {profile.name} --way {profile.way}"
+
+
 def provenance(
     profile: Profile,
     artifacts: Sequence[Artifact] = (),  # results that the figure or table shows
@@ -188,7 +205,7 @@ def provenance(
         stages={a.meta["stage"]: _record_stage(a) for a in artifacts},
         versions=dict(versions, tocsr=__version__),
         machine=machine(),
-        command=f"make reproduce PROFILE={profile.name}",
+        command=_command(profile),
         **extra,
     )
 

@@ -197,8 +197,11 @@ def merge_with_reported(
     ours: Sequence[dict],  # rows; the paper's columns where they mean the same, others where not
     source: str,  # "measured (profile cpu, nano scale)"
 ) -> list[dict]:
-    "The paper's rows, then ours, every row with its source. A cell without a value is None."
-    rows = reported_rows(table) + [dict(r, source=source) for r in ours]
+    """The paper's rows, then ours, every row with its source; a row may bring its own.
+
+    A cell without a value is None.
+    """
+    rows = reported_rows(table) + [dict(source=source) | r for r in ours]
     keys = dict.fromkeys(k for r in rows for k in r)
     columns = [c for c in keys if c != "source"] + ["source"]
     out = []
@@ -258,7 +261,8 @@ here: Constrained expected improvement, the usual choice for an objective with o
 
 Choice of the final architecture
 paper: "Nearest to the 130 M target" in the main text, "fewest parameters" in the supplement.
-here: Both give the same candidate in table S6. The profile's target size decides here.
+here: Both give the same candidate in table S6. Way `paper` takes the nearest to the profile's
+  target size on either side, way `ours` the nearest of those within it.
 
 Which stages are gone
 paper: Three encoders and three decoders remain; which decoder goes with the fourth encoder and
@@ -267,7 +271,8 @@ here: The fourth decoder, the one at the same resolution as the fourth encoder.
 
 Degradation in training
 paper: Bicubic x3 in the text and in algorithm S3, x4 in every evaluation.
-here: x4 throughout; the real-world pipeline of Real-ESRGAN, or bicubic, by the profile.
+here: x4 by default, with the real-world pipeline of Real-ESRGAN (section 4.2), or bicubic, by the
+  profile. Bicubic x3 runs for any patch: crops are cut to multiples of 3 and of 8.
 
 HR latents in algorithm S4
 paper: z_h is encoded and never used.
@@ -295,14 +300,14 @@ here: Such a step in SSIM at equal PSNR is unusual. PSNR and SSIM of both are me
 FID along the front (table S6)
 paper: Not monotone: 22.9 at 146 M, 22.6 at 130 M.
 here: On the tabular benchmark, fronts come with quartiles over seeds; the live search is one
-  seed. FID along it is not attempted.
+  seed. Table S6 has Frechet distances of candidates' samples to the teacher's.
 
 Losses of variants v1 and v3 (table S4)
 paper: 0.7598 and 0.7642, nine times that of v2, with no explanation.
 here: v1 narrows conv_in to 4 channels and v3 both convolutions, so at most 4 of the 16 dimensions
   of white noise pass and the epsilon loss cannot fall below 12/16 = 0.75. The printed losses are
-  that floor and a little more. All variants are trained here at equal budgets, next to a
-  closed-form linear adapter.
+  that floor and a little more. All variants are trained here at equal budgets, in epsilon
+  prediction and in that of the profile, next to a closed-form linear adapter.
 
 Metrics
 paper: FID is in the tables and missing from the paragraph that lists the metrics.

@@ -25,7 +25,7 @@ from ..core.fingerprint import config_hash
 from ..core.image import read_image, to_array, to_tensor
 from ..core.statistics import bootstrap_interval
 from ..core.store import machine
-from .methods import DTYPES, SR_METHODS, SRMethod, open_method
+from .methods import DTYPES, SR_METHODS, SRMethod, at_scale, open_method
 from tocsr.evaluation.metrics import (
     METRICS,
     find_metric,
@@ -36,7 +36,7 @@ from tocsr.evaluation.metrics import (
     summarize_values,
     to_unit,
 )
-from .test_sets import EVAL_SCALE, EvalError, TestSet
+from .test_sets import EvalError, TestSet
 
 # %% auto #0
 __all__ = ['FEATURE_BATCH', 'MethodRunner', 'evaluate_on_test_set', 'metric_values', 'median_time', 'ordered_methods',
@@ -90,8 +90,21 @@ class MethodRunner:
         self.threads = threads
         self.dtype = dtype
         self.function = None
-        self.cache = ResultCache(runs_dir() / "eval" / config_hash(method.key, dtype))
+        where = [] if method.device in ("cpu", "not timed") else [method.device]
+        self.cache = ResultCache(runs_dir() / "eval" / config_hash(method.key, dtype, *where))
         self.time_key = f"seconds, {threads} thread(s), {machine()['cpu']}"
+        if where:
+            self.time_key += f", {method.device}"
+
+    @property
+    def timed(self) -> bool:
+        "Whether the method computes its results; given results are read."
+        return self.method.image_key is None
+
+    def image_key(self, dataset: TestSet, index: int) -> str:
+        "The name under which results on an image are stored."
+        key = dataset.keys[index]
+        return key if self.timed else config_hash(key, self.method.image_key(index))
 
     def upscale(self, lr: Tensor, index: int) -> Tensor:
         "One call. Raises `EvalError` for a result of another size or with non-finite values."
@@ -99,7 +112,7 @@ class MethodRunner:
             self.function = self.method.load(self.threads, self.dtype)
         with torch.no_grad():
             sr = self.function(lr, index)
-        expected = (1, 3, *(EVAL_SCALE * n for n in lr.shape[-2:]))
+        expected = (1, 3, *(self.method.scale * n for n in lr.shape[-2:]))
         if tuple(sr.shape) != expected:
             got = tuple(sr.shape)
             raise EvalError(f"{self.method.title} returned {got}, expected {expected}")
@@ -108,7 +121,9 @@ class MethodRunner:
         return sr
 
     def result(self, image: str, index: int, read_lr: Callable[[], Tensor]) -> Tensor:
-        "The upscaled image: from the store, else computed and timed."
+        "The upscaled image: given, from the store, or computed and timed."
+        if not self.timed:
+            return self.upscale(read_lr(), index)
         stored = self.cache.image_file(image).is_file()
         if not stored or self.cache.get(image, self.time_key) is None:
             self._compute(image, index, read_lr())
@@ -145,9 +160,9 @@ def _measure_image(
     keys: dict[str, str],  # of `_metric_keys`
 ) -> dict:
     "Metric -> value or reason, of one method on one image."
-    image = dataset.keys[index]
+    image = runner.image_key(dataset, index)
     store = runner.cache
-    needed = [*keys.values(), runner.time_key]
+    needed = [*keys.values(), *([runner.time_key] if runner.timed else [])]
     sr = None
     if any(store.get(image, key) is None for key in needed):
         sr = runner.result(image, index, lambda: pair()[0])
@@ -155,7 +170,7 @@ def _measure_image(
     for name, key in keys.items():
         value = store.get(image, key)
         if value is None:
-            value = measure([name], sr, pair()[1], border=EVAL_SCALE)[name]
+            value = measure([name], sr, pair()[1], border=dataset.scale)[name]
             if isinstance(value, list):
                 value = value[0]
                 store.put(image, key, value)
@@ -182,12 +197,12 @@ def _measure_set(runner: MethodRunner, dataset: TestSet, name: str, key: str) ->
         return f"not available: needs {find_metric(name).min_images} images or more, got {n}"
     if reason := find_unavailable([name])[name]:
         return f"not available: {reason}"
-    whole = config_hash(dataset.keys)
+    whole = config_hash(tuple(runner.image_key(dataset, i) for i in range(n)))
     value = runner.cache.get(whole, key)
     if value is None:
 
         def read_sr(i):
-            return runner.result(dataset.keys[i], i, lambda: dataset.pair(i)[0])
+            return runner.result(runner.image_key(dataset, i), i, lambda: dataset.pair(i)[0])
 
         def read_hr(i):
             return dataset.pair(i)[1]
@@ -205,12 +220,12 @@ def _package_version(name: str) -> str:
         return "not installed"
 
 
-def _record_protocol(metrics: Sequence[str]) -> dict:
+def _record_protocol(metrics: Sequence[str], scale: int) -> dict:
     "How a result was measured."
     packages = ("torch", "pyiqa", "numpy", "pillow")
     return dict(
         metrics=record_metrics(metrics),
-        border=EVAL_SCALE,
+        border=scale,
         threads=torch.get_num_threads(),
         machine=machine(),
         scope="LR tensor to SR tensor, one image per call, autoencoder included, loading and files "
@@ -219,9 +234,9 @@ def _record_protocol(metrics: Sequence[str]) -> dict:
     )
 
 
-def _open_methods(specs: Sequence[str | Path | SRMethod]) -> list[SRMethod]:
-    "The methods. Raises `EvalError` for two of one name."
-    opened = [open_method(s) for s in specs]
+def _open_methods(specs: Sequence[str | Path | SRMethod], scale: int) -> list[SRMethod]:
+    "The methods. Raises `EvalError` for two of one name and for another scale."
+    opened = [at_scale(open_method(s, scale), scale) for s in specs]
     names = [m.name for m in opened]
     if twice := sorted({n for n in names if names.count(n) > 1}):
         raise EvalError(f"two methods have the name {', '.join(twice)}")
@@ -235,15 +250,16 @@ def _join_values(per_image: list[dict], name: str) -> list[float] | str:
 
 
 def _make_entry(runner: MethodRunner, dataset: TestSet, values: dict) -> dict:
+    method = runner.method
+    entry = dict(title=method.title, key=method.key, dtype=runner.dtype, values=values)
+    if method.device != "cpu":
+        entry["device"] = method.device
+    if not runner.timed:
+        hashes = [method.image_key(i) for i in range(len(dataset))]
+        reason = "not available: given results are not timed"
+        return entry | dict(key=config_hash(hashes), seconds=reason, cpu_seconds=reason)
     times = [runner.cache.get(k, runner.time_key) for k in dataset.keys]
-    return dict(
-        title=runner.method.title,
-        key=runner.method.key,
-        dtype=runner.dtype,
-        values=values,
-        seconds=[t[0] for t in times],
-        cpu_seconds=[t[1] for t in times],
-    )
+    return entry | dict(seconds=[t[0] for t in times], cpu_seconds=[t[1] for t in times])
 
 
 def _run_methods(
@@ -285,7 +301,7 @@ def evaluate_on_test_set(
         raise EvalError(f"unknown dtype {dtype!r}; choose from {', '.join(DTYPES)}")
     if threads:
         torch.set_num_threads(threads)
-    opened = _open_methods(methods)
+    opened = _open_methods(methods, dataset.scale)
     keys = _metric_keys(metrics)
     n = torch.get_num_threads()
     runners = [MethodRunner(m, n, dtype) for m in opened if not m.missing]
@@ -296,12 +312,12 @@ def evaluate_on_test_set(
     return dict(
         set=dataset.name,
         degradation=dataset.degradation,
-        scale=EVAL_SCALE,
+        scale=dataset.scale,
         whole=dataset.whole,
         images=list(dataset.names),
         keys=list(dataset.keys),
         models={m.name: entries[m.name] for m in opened},
-        protocol=_record_protocol(metrics),
+        protocol=_record_protocol(metrics, dataset.scale),
     )
 
 # %% ../../nbs/tools/509_runner.ipynb #74b106ab
@@ -404,7 +420,7 @@ def _select_values(name: str, values: list | str, indices: Sequence[int]) -> lis
     "A metric's values on some images; a distance between sets has none."
     if isinstance(values, str):
         return values
-    if find_metric(name).min_images > 1:
+    if name in METRICS and find_metric(name).min_images > 1:
         return "not available: measured on another selection of images"
     return [values[i] for i in indices]
 
@@ -418,7 +434,7 @@ def _select_images(result: dict, keys: Sequence[str]) -> dict:
     for name, m in result["models"].items():
         if "missing" not in m:
             values = {n: _select_values(n, v, indices) for n, v in m["values"].items()}
-            times = {t: [m[t][i] for i in indices] for t in ("seconds", "cpu_seconds")}
+            times = {t: _select_values(t, m[t], indices) for t in ("seconds", "cpu_seconds")}
             m = dict(m, values=values, **times)
         models[name] = m
     images = [result["images"][i] for i in indices]

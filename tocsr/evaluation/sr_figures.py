@@ -22,7 +22,7 @@ from tocsr.evaluation.plots import (
     image_grid,
 )
 from .runner import MethodRunner, median_time, metric_values, ordered_methods
-from .test_sets import EVAL_SCALE, EvalError, TestSet
+from .test_sets import EvalError, TestSet
 
 # %% auto #0
 __all__ = ['plot_trade_off', 'center_crops', 'comparison_grid', 'plot_images_and_costs']
@@ -121,7 +121,7 @@ def _check_crop(dataset: TestSet, index: int, crop: tuple[int, int, int]):
     left, top, side = crop
     height, width = dataset.pair(index)[1].shape[-2:]
     inside = left >= 0 and top >= 0 and left + side <= width and top + side <= height
-    if not inside or side < EVAL_SCALE:
+    if not inside or side < dataset.scale:
         name = dataset.names[index]
         raise EvalError(f"crop {crop} leaves {name} of {width}x{height} px")
 
@@ -144,8 +144,8 @@ def comparison_grid(
     for i, crop in cases:
         _check_crop(dataset, i, crop)
         lr, hr = dataset.pair(i)
-        results = [r.result(dataset.keys[i], i, lambda lr=lr: lr)[0] for r in runners]
-        nearest = lr[0].repeat_interleave(EVAL_SCALE, 1).repeat_interleave(EVAL_SCALE, 2)
+        results = [r.result(r.image_key(dataset, i), i, lambda lr=lr: lr)[0] for r in runners]
+        nearest = lr[0].repeat_interleave(dataset.scale, 1).repeat_interleave(dataset.scale, 2)
         left, top, s = crop
         images = (nearest, *results, hr[0])
         rows.append([x[:, top : top + s, left : left + s] for x in images])

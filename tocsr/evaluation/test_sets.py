@@ -22,10 +22,10 @@ from tqdm import tqdm
 
 from ..core.files import file_hash
 from ..core.fingerprint import config_hash
-from ..core.image import imresize, open_image, read_image, to_array, to_tensor
+from ..core.image import SUFFIXES, imresize, open_image, read_image, to_array, to_tensor
 from ..core.store import machine
 from ..data.benchmarks import load_benchmark
-from ..data.degradations import degrade_images
+from ..data.degradations import crop_to_multiple, degradation, degrade_images
 from ..data.images import Photos, mean_gradient
 
 # %% auto #0
@@ -52,10 +52,11 @@ class TestSet:
     name: str
     names: tuple[str, ...]  # of the images
     keys: tuple[str, ...]  # hash of everything that decides an image's pixels
-    # index -> lr (1, 3, h, w), hr (1, 3, 4h, 4w), in [-1, 1] at 8 bits
+    # index -> lr (1, 3, h, w), hr (1, 3, scale*h, scale*w), in [-1, 1] at 8 bits
     pair: Callable[[int], tuple[Tensor, Tensor]]
     degradation: str
     whole: bool = True  # all images of the published set
+    scale: int = EVAL_SCALE
 
     def __len__(self) -> int:
         return len(self.names)
@@ -89,19 +90,25 @@ def synthetic_set(n: int) -> TestSet:
     return TestSet("synthetic", names, keys, pair=_synthetic_pair, degradation="bicubic")
 
 # %% ../../nbs/tools/507_test_sets.ipynb #d6ce7784
-def _bicubic_pair(index: int, *, hr: Sequence[Path]) -> tuple[Tensor, Tensor]:
-    x = to_tensor(read_image(hr[index]))[None]
-    height, width = (n // EVAL_SCALE * EVAL_SCALE for n in x.shape[-2:])
-    x = x[..., :height, :width]
-    return degrade_images(x, "bicubic", EVAL_SCALE), x
+def _degraded_image(
+    index: int, *, hr: Sequence[Path], kind: str, scale: int
+) -> tuple[Tensor, Tensor]:
+    "HR image cropped to multiples of the scale, and its LR counterpart; the file is the seed."
+    x = crop_to_multiple(to_tensor(read_image(hr[index]))[None], scale)
+    seed = int(file_hash(hr[index])[:8], 16)
+    if not degradation(kind).seeded:
+        return degrade_images(x, kind, scale), x
+    with single_thread():
+        return degrade_images(x, kind, scale, [seed]), x
 
 
 def bicubic_set(
     name: str,  # of `BICUBIC_SETS`
     root: str | Path | None = None,  # folder that contains the set; None: $TOCSR_DATA
     download: bool = False,  # fetch missing files
+    scale: int = EVAL_SCALE,
 ) -> TestSet:
-    """A classical test set, sides cropped to multiples of 4.
+    """A classical test set, sides cropped to multiples of the scale.
 
     Raises `FetchError` for missing or altered files.
     """
@@ -109,9 +116,10 @@ def bicubic_set(
     return TestSet(
         name,
         names=tuple(p.stem for p in b.hr),
-        keys=tuple(config_hash(file_hash(p), "bicubic", EVAL_SCALE) for p in b.hr),
-        pair=partial(_bicubic_pair, hr=b.hr),
+        keys=tuple(config_hash(file_hash(p), "bicubic", scale) for p in b.hr),
+        pair=partial(_degraded_image, hr=b.hr, kind="bicubic", scale=scale),
         degradation="bicubic",
+        scale=scale,
     )
 
 
@@ -316,12 +324,118 @@ def open_test_set(
     root: str | Path | None = None,
     verify: bool = True,  # the degraded set
     download: bool = False,  # bicubic sets
+    scale: int = EVAL_SCALE,  # another one for bicubic sets only
 ) -> TestSet:
     "A test set by name. Raises `EvalError` for an unknown name, and the errors of its kind."
     if name not in TEST_SETS:
         raise EvalError(f"unknown test set {name!r}; choose from {', '.join(TEST_SETS)}")
+    if scale != EVAL_SCALE and name not in BICUBIC_SETS:
+        raise EvalError(
+            f"{name} has LR images at x{EVAL_SCALE} only; x{scale} is possible for "
+            f"{', '.join(BICUBIC_SETS)} and for a folder of HR images"
+        )
     if name == DEGRADED_SET:
         return degraded_set(root, verify=verify)
     if name in BICUBIC_SETS:
-        return bicubic_set(name, root, download)
+        return bicubic_set(name, root, download, scale)
     return paired_set(name, root)
+
+# %% ../../nbs/tools/507_test_sets.ipynb #10e64518
+def _list_images(folder: str | Path) -> list[Path]:
+    "Image files of a folder by name. Raises `EvalError` if there are none."
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise EvalError(f"no folder {folder}; check the path")
+    found = [f for f in sorted(folder.iterdir()) if f.suffix.lower() in SUFFIXES and f.is_file()]
+    if not found:
+        raise EvalError(f"{folder} has no image; give one with {', '.join(sorted(SUFFIXES))}")
+    return found
+
+
+def _owner(stem: str, names: Sequence[str]) -> str | None:
+    "The image that a file belongs to: the longest name that its stem is, or begins with."
+    fits = [n for n in names if stem == n or stem.startswith(tuple(n + c for c in "_-."))]
+    return max(fits, key=len, default=None)
+
+
+def match_images(
+    names: Sequence[str],  # of the images, file names without suffix
+    folder: str | Path,
+) -> list[Path]:
+    """The file of each image in a folder: `NAME.png`, else `NAME_ending.png`.
+
+    Raises `EvalError` for images without a file or with several.
+    """
+    found = {n: [] for n in names}
+    for file in _list_images(folder):
+        if owner := _owner(file.stem, names):
+            found[owner].append(file)
+    for name, fits in found.items():
+        found[name] = [f for f in fits if f.stem == name] or fits
+    missing = [n for n in names if not found[n]]
+    if missing:
+        raise EvalError(
+            f"{folder} lacks {len(missing)} of {len(names)} images, first {missing[0]}: file names "
+            "must begin with the names of the HR images"
+        )
+    if twice := next((fits for fits in found.values() if len(fits) > 1), None):
+        listed = ", ".join(f.name for f in twice)
+        raise EvalError(f"{folder} has several files for one image: {listed}; keep one of them")
+    return [found[n][0] for n in names]
+
+
+def _pair_scale(hr: Path, lr: Path) -> int:
+    "The factor between two images. Raises `EvalError` unless it is a whole number."
+    with open_image(hr) as high, open_image(lr) as low:
+        scale = max(1, high.width // low.width)
+        if high.size != (scale * low.width, scale * low.height):
+            raise EvalError(
+                f"{lr}: {low.width}x{low.height} px for {high.width}x{high.height} px of {hr}; "
+                "HR sides must be the LR sides times one whole number"
+            )
+    return scale
+
+
+def folder_set(
+    hr: str | Path,  # folder
+    lr: str | Path | None = None,  # folder; None: LR images are computed
+    kind: str = "bicubic",  # degradation that computes them
+    scale: int | None = None,  # None: of the LR images, else 4
+) -> TestSet:
+    """A test set out of one or two folders. `lr` may hold names with endings, as `match_images`.
+
+    Raises `EvalError` for missing files and for sizes that do not fit the scale.
+    """
+    files = _list_images(hr)
+    names = tuple(f.stem for f in files)
+    if len(set(names)) < len(names):
+        raise EvalError(f"{hr} has two images of one name; file names must differ without suffix")
+    name = Path(hr).expanduser().resolve().name
+    if lr is None:
+        scale = scale or EVAL_SCALE
+        row = degradation(kind)
+        versions = [version(p) for p in ("torch", "numpy", "scipy", "pillow")] if row.seeded else []
+        return TestSet(
+            name,
+            names,
+            keys=tuple(config_hash(file_hash(f), kind, scale, *versions) for f in files),
+            pair=partial(_degraded_image, hr=files, kind=kind, scale=scale),
+            degradation=kind,
+            scale=scale,
+        )
+    low = match_images(names, lr)
+    scales = [_pair_scale(h, file) for h, file in zip(files, low)]
+    wanted = scale or scales[0]
+    for file, s in zip(low, scales):
+        if s != wanted:
+            raise EvalError(
+                f"{file} is smaller by {s} than its HR image, the test's scale is {wanted}"
+            )
+    return TestSet(
+        name,
+        names,
+        keys=tuple(config_hash(file_hash(file), file_hash(h)) for h, file in zip(files, low)),
+        pair=partial(_read_pair, hr=files, lr=low),
+        degradation="as given",
+        scale=wanted,
+    )

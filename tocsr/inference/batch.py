@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import sys
 import time
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -36,8 +39,8 @@ from tocsr.inference.image_files import (
 )
 
 # %% auto #0
-__all__ = ['LOG_NAME', 'Job', 'plan_jobs', 'ResultLog', 'job_key', 'finished_jobs', 'JobResult', 'FatalOutputError',
-           'make_folder', 'upscale_files', 'count_results', 'format_summary', 'result_json']
+__all__ = ['LINKED_FOLDER', 'Job', 'silence_decoders', 'count_other_files', 'describe_others', 'plan_jobs', 'JobResult',
+           'FatalOutputError', 'make_folder', 'upscale_files', 'count_results', 'format_summary', 'result_json']
 
 # %% ../../nbs/tools/404_batch.ipynb #6c8fdd83
 @dataclass(frozen=True)
@@ -55,10 +58,27 @@ class Job:
 
 
 _READ_SUFFIXES = {s for f in FORMATS.values() for s in f.suffixes} | {".gif"}
+LINKED_FOLDER = "linked folder"
+_MAX_KINDS = 8  # suffixes that a summary names
 
 
-def _is_image_file(path: Path) -> bool:
-    return path.suffix.lower() in _READ_SUFFIXES and path.is_file()
+def _walk(folder: Path) -> Iterator[tuple[Path, str]]:
+    """The files of a folder and of its subfolders, each with its suffix; hidden ones are left out.
+
+    Links to folders are not followed, since they may lead back. They come as `LINKED_FOLDER`.
+    """
+    for here, folders, names in os.walk(folder, onerror=_refuse_folder):
+        folders[:] = sorted(n for n in folders if not n.startswith("."))
+        for name in folders:
+            if (Path(here) / name).is_symlink():
+                yield Path(here) / name, LINKED_FOLDER
+        for name in names:
+            if not name.startswith("."):
+                yield Path(here) / name, Path(name).suffix.lower()
+
+
+def _refuse_folder(e: OSError):
+    raise UsageError(f"{e.filename}: {e.strerror}; make the folder readable, or leave it out")
 
 
 def _in_folder(folder: Path, out: Path) -> list[tuple[Path, Path]]:
@@ -66,14 +86,47 @@ def _in_folder(folder: Path, out: Path) -> list[tuple[Path, Path]]:
     results = out.resolve()
     inside = folder.resolve() in results.parents
     found = []
-    for p in sorted(folder.rglob("*")):
-        relative = p.relative_to(folder)
-        if not _is_image_file(p) or any(n.startswith(".") for n in relative.parts):
+    for p, suffix in _walk(folder):
+        if suffix not in _READ_SUFFIXES or not p.is_file():
             continue
         if inside and results in p.resolve().parents:
             continue  # the result of an earlier call is not an input
-        found.append((p, relative))
-    return found
+        found.append((p, p.relative_to(folder)))
+    return sorted(found)
+
+
+def silence_decoders():
+    """Turn off the warnings of Pillow and tifffile in this process.
+
+    They concern single tags of a file. For programs: a library leaves these settings alone.
+    """
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)
+
+
+def count_other_files(inputs: list[str]) -> Counter:
+    "Suffix -> number of files in the folders of `inputs` that `plan_jobs` passes over."
+    count = Counter()
+    for folder in (Path(i) for i in inputs if i != "-" and Path(i).is_dir()):
+        for path, suffix in _walk(folder):
+            if suffix not in _READ_SUFFIXES or not path.is_file():
+                count[suffix or "no suffix"] += 1
+    return count
+
+
+def describe_others(count: Counter) -> str:
+    "The files that were passed over, in words: number and suffixes; empty for none."
+    total = sum(n for suffix, n in count.items() if suffix != LINKED_FOLDER)
+    linked = count.get(LINKED_FOLDER, 0)
+    parts = []
+    if total:
+        kinds = [f"{s} {n}" for s, n in count.most_common() if s != LINKED_FOLDER]
+        more = ["..."] * (len(kinds) > _MAX_KINDS)
+        kinds = ", ".join(kinds[:_MAX_KINDS] + more)
+        parts.append(f"{total} other file{'s' if total > 1 else ''} not looked at ({kinds})")
+    if linked:
+        parts.append(f"{linked} linked folder{'s' if linked > 1 else ''} not entered")
+    return ", ".join(parts)
 
 
 def _find_files(given: str, out: Path) -> list[tuple[Path, Path]]:
@@ -126,7 +179,9 @@ def plan_jobs(
         found = [pair for i in inputs for pair in _find_files(i, to)]
     if not found:
         suffixes = ", ".join(sorted(_READ_SUFFIXES))
-        raise UsageError(f"no image in {', '.join(inputs)}; tocsr reads {suffixes}")
+        other = describe_others(count_other_files(inputs))
+        what = f"no image in {', '.join(inputs)}{other and f' ({other})'}"
+        raise UsageError(f"{what}; tocsr reads {suffixes}")
     single = len(found) == 1 and (piped or not Path(inputs[0]).is_dir())
     if out == "-":
         if not single:
@@ -191,7 +246,7 @@ class ResultLog:
 
     def remove_lock_file(self):
         "Remove the file that the log was locked with, unless another process holds it."
-        path = self.log.path.with_name(f".{self.log.path.name}.lock")
+        path = self.log.lock_path
         if not path.is_file():
             return
         try:
@@ -375,12 +430,17 @@ def count_results(
     results: list[JobResult],
     total: int,  # number of jobs
     seconds: float,
+    other: Counter | None = None,  # of `count_other_files`
 ) -> dict:
-    "Count the results by status; `not_tried` are jobs without a result."
+    """Count the results by status; `not_tried` are jobs without a result.
+
+    `other` are files that were passed over, by suffix.
+    """
     counts = dict(total=total)
     for status in ("done", "unchanged", "failed"):
         counts[status] = sum(r.status == status for r in results)
-    return counts | dict(not_tried=total - len(results), seconds=round(seconds, 3))
+    counts |= dict(not_tried=total - len(results), seconds=round(seconds, 3))
+    return counts | dict(other=dict(other)) if other else counts
 
 
 def format_summary(counts: dict) -> str:
@@ -390,7 +450,8 @@ def format_summary(counts: dict) -> str:
     for key, words in dict(unchanged="unchanged", failed="failed", not_tried="not tried").items():
         if counts[key]:
             parts.append(f"{counts[key]} {words}")
-    return f"{', '.join(parts)}, in {counts['seconds']:.1f} s"
+    other = describe_others(Counter(counts.get("other", {})))
+    return f"{', '.join(parts)}, in {counts['seconds']:.1f} s{other and f'; {other}'}"
 
 
 def result_json(result: JobResult) -> str:

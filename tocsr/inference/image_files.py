@@ -7,26 +7,35 @@ from __future__ import annotations
 
 import io
 import struct
-import sys
-import warnings
 import zlib
 from collections.abc import Callable
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import tifffile
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageCms, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
-from ..core.image import LUMA_WEIGHTS, ImageError, convert_to_rgb, imresize, to_tensor
+from ..core.decoding import Decoded, ImageError, decode_image, decode_pillow, png_chunk
+from ..core.image import LUMA_WEIGHTS, imresize, to_tensor
+from tocsr.inference.metadata import (
+    Metadata,
+    append_tiff_directories,
+    fit_metadata,
+    insert_png_chunks,
+    is_placeholder,
+    pillow_options,
+    read_metadata,
+    tiff_tags,
+    update_metadata,
+)
 
 # %% auto #0
-__all__ = ['FORMATS', 'READABLE', 'MAX_MEGAPIXELS', 'DEFAULT_QUALITY', 'Format', 'UsageError', 'format_of_suffix',
-           'to_output_array', 'encode_image']
+__all__ = ['FORMATS', 'MAX_MEGAPIXELS', 'DEFAULT_QUALITY', 'Format', 'UsageError', 'format_of_suffix', 'DecodedImage',
+           'from_pillow', 'read_image_file', 'to_output_array', 'encode_image']
 
 # %% ../../nbs/tools/401_image_files.ipynb #89a16973
 @dataclass(frozen=True)
@@ -37,18 +46,16 @@ class Format:
     suffixes: tuple[str, ...]  # the first is used where the input's suffix does not fit
     alpha: bool = True  # supports transparency
     deep: bool = False  # supports 16 bits per channel
-    metadata: bool = True  # keeps EXIF and color profile
     side: int = 2**31 - 1  # largest side in pixels
 
 
 FORMATS = dict(
-    jpeg=Format("JPEG", (".jpg", ".jpeg"), alpha=False, side=65_535),
+    jpeg=Format("JPEG", (".jpg", ".jpeg", ".jfif", ".jpe"), alpha=False, side=65_535),
     png=Format("PNG", (".png",), deep=True),
     webp=Format("WEBP", (".webp",), side=16_383),
     tiff=Format("TIFF", (".tif", ".tiff"), deep=True),
-    bmp=Format("BMP", (".bmp",), alpha=False, metadata=False),
+    bmp=Format("BMP", (".bmp",), alpha=False),
 )
-READABLE = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")  # Pillow's other decoders are not tried
 # largest input; the result has 16 times as many pixels and needs about 100 bytes for each
 MAX_MEGAPIXELS = 40
 DEFAULT_QUALITY = 95  # of JPEG and WebP
@@ -72,8 +79,7 @@ class DecodedImage:
     gray: bool = False  # the three channels are one
     bits: int = 8  # per channel, 8 or 16
     kind: str = "PNG"  # Pillow's name for the file's format
-    icc: bytes | None = None  # color profile
-    exif: Image.Exif | None = None
+    metadata: Metadata = field(default_factory=Metadata)
     notes: tuple[str, ...] = ()  # what was not kept, in words
 
     @property
@@ -82,218 +88,35 @@ class DecodedImage:
         return self.color.shape[-1], self.color.shape[-2]
 
 
-@contextmanager
-def _pillow():
-    """Pillow without its pixel limit, since ours is checked first, and without its warnings."""
-    old = Image.MAX_IMAGE_PIXELS
-    Image.MAX_IMAGE_PIXELS = None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        Image.MAX_IMAGE_PIXELS = old
-
-
-def _unreadable(name, e: Exception) -> ImageError:
-    cause = " ".join(str(e).split())[:200]
-    return ImageError(name, "damaged", f"copy or download it again ({type(e).__name__}: {cause})")
-
-
-def _open(source: Path | bytes, name, max_pixels: int) -> Image.Image:
-    "Open a file without decoding it; raises `ImageError`."
-    file = io.BytesIO(source) if isinstance(source, bytes) else source
-    try:
-        im = Image.open(file, formats=READABLE)
-    except FileNotFoundError:
-        raise ImageError(name, "no such file", "check the path") from None
-    except IsADirectoryError:
-        raise ImageError(name, "a folder", "name a file") from None
-    except PermissionError:
-        raise ImageError(name, "no permission", "make it readable") from None
-    except UnidentifiedImageError:
-        raise ImageError(name, "not an image", f"give one of {', '.join(READABLE)}") from None
-    except Exception as e:
-        raise _unreadable(name, e) from e  # decoders raise almost anything on malformed bytes
-    if im.width * im.height <= max_pixels:
-        return im
-    im.close()
-    size = f"{im.width} x {im.height}, the limit is {max_pixels / 1e6:g} Mpixel"
-    raise ImageError(name, "too many pixels", f"{size}: --max-mpixel raises it")
-
-
-def _raw_mode(im: Image.Image) -> str:
-    "Pillow's name for the pixel layout in the file; '' without one."
-    args = im.tile[0].args if im.tile else ""
-    if isinstance(args, str):
-        return args
-    return next((a for a in args if isinstance(a, str)), "")
-
-
-_NATIVE = "L" if sys.byteorder == "little" else "B"
-_SWAPPED = dict(B="L", L="B", N="B" if _NATIVE == "L" else "L")
-
-
-def _low_bytes(source: Path | bytes, name, max_pixels: int, raw: str) -> np.ndarray:
-    "The low bytes (h, w, c) of 16-bit color: decode with the byte order reversed."
-    swapped = raw[:-1] + _SWAPPED[raw[-1]]
-
-    def swap(args):
-        if isinstance(args, str):
-            return swapped
-        return tuple(swapped if a == raw else a for a in args)
-
-    with _open(source, name, max_pixels) as im:
-        im.tile = [t._replace(args=swap(t.args)) for t in im.tile]
-        return np.array(im)
-
-# %% ../../nbs/tools/401_image_files.ipynb #a411917c
-_SRGB = ImageCms.createProfile("sRGB")
-
-
-def _from_cmyk(im: Image.Image) -> Image.Image:
-    "CMYK to sRGB by the file's profile, without a usable one by Pillow's formula."
-    icc = im.info.get("icc_profile")
-    if not icc:
-        return im.convert("RGB")
-    try:
-        profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
-        return ImageCms.profileToProfile(im, profile, _SRGB, outputMode="RGB")
-    except (ImageCms.PyCMSError, OSError):
-        return im.convert("RGB")  # a malformed profile
-
-
-def _pixels_8bit(im: Image.Image, name) -> tuple[np.ndarray, bool, list[str]]:
-    "uint8 (h, w, 3 or 4) of an image of at most 8 bits, whether it is gray, notes."
-    gray = im.mode in ("1", "L", "LA", "La")
-    notes = []
-    if im.mode in ("CMYK", "LAB"):
-        notes.append(f"{im.mode} converted to sRGB")
-    if im.mode == "CMYK":
-        im = _from_cmyk(im)
-    if "A" in im.getbands() or "a" in im.getbands() or "transparency" in im.info:
-        im = im.convert("RGBA")
-    if im.mode not in ("RGB", "RGBA"):
-        im = convert_to_rgb(im, name)
-    return np.array(im), gray, notes
-
-
-def _gray_16bit(im: Image.Image, name) -> np.ndarray:
-    "16-bit gray as uint16 (h, w, 3); raises `ImageError` for other ranges."
-    v = np.asarray(im)
-    if im.mode == "I" and (v.min() < 0 or v.max() > 65535):
-        raise ImageError(name, "32-bit integer pixels", "save it with 8 or 16 bits per channel")
-    return np.repeat(v.astype(np.uint16)[..., None], 3, 2)
-
-
-def _pixels_in_memory(im: Image.Image, name) -> tuple[np.ndarray, bool, list[str]]:
-    "As `_pixels`, from Pillow's decoded image: 16-bit color has 8 bits there."
-    if im.mode == "F":
-        raise ImageError(name, "floating point pixels", "save it with 8 or 16 bits per channel")
-    if im.mode == "I" or im.mode.startswith("I;16"):
-        return _gray_16bit(im, name), True, []
-    return _pixels_8bit(im, name)
-
-
-def _pixels(
-    source: Path | bytes, name, im: Image.Image, max_pixels: int
-) -> tuple[np.ndarray, bool, list[str]]:
-    "uint8 or uint16 (h, w, 3 or 4) of a file, whether it is gray, notes."
-    raw = _raw_mode(im)
-    im.load()
-    if raw[:-1] in ("RGB;16", "RGBA;16") and "transparency" not in im.info:
-        low = _low_bytes(source, name, max_pixels, raw)
-        return np.asarray(im).astype(np.uint16) << 8 | low, False, []
-    a, gray, notes = _pixels_in_memory(im, name)
-    reduced = ";16" in raw and a.dtype == np.uint8
-    if reduced:
-        notes = [*notes, "16 bits read as 8 (this layout)"]
-    return a, gray, notes
-
-# %% ../../nbs/tools/401_image_files.ipynb #7c03b5f3
-ORIENTATION = 0x0112
-EXIF_IFD = 0x8769  # camera settings
-GPS_IFD = 0x8825
-EXIF_SIZE = (0xA002, 0xA003)  # width and height in the camera settings
-# tags of the file's layout, not of the image: sizes, strips, tiles, JPEG tables, XMP, profile,
-# Photoshop blocks
-_LAYOUT = {
-    *range(254, 267),
-    *(269, 273, 274, 277, 278, 279, 284, 317),
-    *range(320, 326),
-    *(330, 338, 339, 340, 341, 347),
-    *range(512, 533),
-    *(700, 34377, 34675),
-}
-
-
-def apply_orientation(a: np.ndarray, orientation: int) -> np.ndarray:
-    "Turn and flip (h, w, ...) by EXIF's value, 1 to 8; other values change nothing."
-    if orientation in (5, 6, 7, 8):
-        a = a.swapaxes(0, 1)
-    if orientation in (3, 4, 7, 8):
-        a = a[::-1]
-    return a[:, ::-1] if orientation in (2, 3, 6, 7) else a
-
-
-def _exif(im: Image.Image) -> tuple[Image.Exif | None, int, list[str]]:
-    "EXIF without the tags of the file's layout, the orientation, notes."
-    try:
-        found = im.getexif()
-        kept = Image.Exif()
-        for tag, value in found.items():
-            if tag not in _LAYOUT and tag not in (EXIF_IFD, GPS_IFD):
-                kept[tag] = value
-        for ifd in (EXIF_IFD, GPS_IFD):
-            inner = dict(found.get_ifd(ifd))
-            if inner:
-                kept.get_ifd(ifd).update(inner)
-        kept.tobytes()  # raises if it cannot be written
-        empty = not (len(kept) or kept.get_ifd(EXIF_IFD) or kept.get_ifd(GPS_IFD))
-        return None if empty else kept, found.get(ORIENTATION, 1), []
-    except Exception:  # decoders raise almost anything; the pixels are still good
-        return None, 1, ["malformed EXIF dropped"]
-
-
-def _profile(im: Image.Image, gray: bool) -> tuple[bytes | None, list[str]]:
-    "The color profile if it describes gray or RGB pixels, notes."
-    icc = im.info.get("icc_profile")
-    if not icc or icc[16:20] == (b"GRAY" if gray else b"RGB "):
-        return icc or None, []
-    if im.mode in ("CMYK", "LAB"):
-        return None, []  # used for the conversion
-    return None, ["color profile of another color space dropped"]
-
-
-def _from_pixels(im: Image.Image, a: np.ndarray, gray: bool, notes: list[str]) -> DecodedImage:
-    "A `DecodedImage` of pixels (h, w, c) with the orientation, EXIF and profile of `im`."
-    exif, orientation, lost = _exif(im)
-    icc, dropped = _profile(im, gray)
-    a = np.ascontiguousarray(apply_orientation(a, orientation))
+def _to_float(a: np.ndarray) -> Tensor:
+    "uint8 or uint16 (h, w, c) -> float32 (c, h, w) in [-1, 1]."
     if a.dtype == np.uint8:
-        x = to_tensor(a)
-    else:
-        x = torch.from_numpy(np.moveaxis(a, -1, 0).astype(np.float32) / 32767.5 - 1)
+        return to_tensor(np.ascontiguousarray(a))
+    return torch.from_numpy(np.moveaxis(a, -1, 0).astype(np.float32) / np.float32(32767.5) - 1)
+
+
+def _from_decoded(d: Decoded, metadata: Metadata) -> DecodedImage:
+    x = _to_float(d.pixels)
+    has_alpha = len(x) in (2, 4)
     return DecodedImage(
-        color=x[:3],
-        alpha=(x[3:] + 1) / 2 if len(x) == 4 else None,
-        gray=gray,
-        bits=8 * a.itemsize,
-        icc=icc,
-        exif=exif,
-        notes=(*notes, *lost, *dropped),
+        color=x[:1].repeat(3, 1, 1) if d.gray else x[:3],
+        alpha=(x[-1:] + 1) / 2 if has_alpha else None,
+        gray=d.gray,
+        bits=8 * d.pixels.itemsize,
+        kind=d.kind,
+        metadata=metadata,
+        notes=(*d.notes, *metadata.notes),
     )
+
+
+def _is_converted(d: Decoded) -> bool:
+    return any("converted" in n for n in d.notes)
 
 
 def from_pillow(im: Image.Image, name: str = "image") -> DecodedImage:
     """Convert a Pillow image; raises `ImageError`, with a one-line message, if that fails."""
-    try:
-        im.load()  # Pillow opens files lazily
-        return _from_pixels(im, *_pixels_in_memory(im, name))
-    except ImageError:
-        raise
-    except Exception as e:  # decoders raise almost anything on hostile bytes
-        raise _unreadable(name, e) from e
+    d = decode_pillow(im, name)
+    return _from_decoded(d, read_metadata(im, d.gray, _is_converted(d)))
 
 
 def read_image_file(
@@ -302,19 +125,13 @@ def read_image_file(
     max_pixels: int = MAX_MEGAPIXELS * 10**6,
 ) -> DecodedImage:
     "Decode one image; raises `ImageError`, with a one-line message, if that fails."
-    name = name or (str(source) if isinstance(source, Path) else "-")
-    with _pillow(), _open(source, name, max_pixels) as im:
-        try:
-            multiple = im.format == "MPO"
-            kind = "JPEG" if multiple else im.format
-            frames = 1 if multiple else getattr(im, "n_frames", 1)
-            a, gray, notes = _pixels(source, name, im, max_pixels)
-            first = [f"the first of {frames} frames"] * (frames > 1)
-            return replace(_from_pixels(im, a, gray, first + notes), kind=kind)
-        except ImageError:
+    try:
+        d = decode_image(source, name, max_pixels)
+    except ImageError as e:
+        if e.reason != "too many pixels":
             raise
-        except Exception as e:
-            raise _unreadable(name, e) from e
+        raise ImageError(e.path, e.reason, f"{e.hint}, or --max-mpixel raises the limit") from None
+    return _from_decoded(d, read_metadata(source, d.gray, _is_converted(d)))
 
 # %% ../../nbs/tools/401_image_files.ipynb #6e7134e8
 def _fill_by_average(color: Tensor, weight: Tensor) -> Tensor:
@@ -384,119 +201,104 @@ def _integers(x: Tensor, bits: int, rows: int = 256) -> np.ndarray:
 def to_output_array(p: DecodedImage, bits: int) -> np.ndarray:
     """Convert to uint8 or uint16 (h, w, c).
 
-    Channels: 1 (gray), 2 (gray and alpha; in 8 bits only, since Pillow reads no others), 3 or 4.
+    Channels: 1 (gray), 2 (gray and alpha), 3 (RGB) or 4 (RGB and alpha).
     """
     x = (p.color + 1) / 2
-    if p.gray and (bits == 8 or p.alpha is None):
-        x = torch.tensordot(torch.tensor([LUMA_WEIGHTS]), x, 1)
+    if p.gray:
+        x = torch.tensordot(x.new_tensor([LUMA_WEIGHTS]), x, 1)
     return _integers(x if p.alpha is None else torch.cat([x, p.alpha]), bits)
 
 
-def _png_chunk(name: bytes, data: bytes) -> bytes:
-    "Length, name, data and checksum (PNG specification, 5.3)."
-    checksum = struct.pack(">I", zlib.crc32(name + data))
-    return struct.pack(">I", len(data)) + name + data + checksum
-
-
-def _png16(a: np.ndarray, icc: bytes | None, exif: bytes | None) -> bytes:
+def _png16(a: np.ndarray) -> bytes:
     "uint16 (h, w, c) as PNG, with filter 2 (difference to the row above)."
     h, w, c = a.shape
     raw = np.ascontiguousarray(a.astype(">u2")).view(np.uint8).reshape(h, -1)
     up = np.diff(raw, axis=0, prepend=np.zeros_like(raw[:1]))
     rows = np.concatenate([np.full((h, 1), 2, np.uint8), up], 1)
-    color_type = {1: 0, 3: 2, 4: 6}[c]
-    parts = [_png_chunk(b"IHDR", struct.pack(">IIBBBBB", w, h, 16, color_type, 0, 0, 0))]
-    if icc:
-        parts.append(_png_chunk(b"iCCP", b"ICC profile\0\0" + zlib.compress(icc)))
-    if exif:
-        parts.append(_png_chunk(b"eXIf", exif.removeprefix(b"Exif\0\0")))
-    parts.append(_png_chunk(b"IDAT", zlib.compress(rows.tobytes())))
-    parts.append(_png_chunk(b"IEND", b""))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+    color_type = {1: 0, 2: 4, 3: 2, 4: 6}[c]
+    header = struct.pack(">IIBBBBB", w, h, 16, color_type, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows.tobytes())), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(*c) for c in chunks)
 
 
-def _tiff16(a: np.ndarray, icc: bytes | None, exif: Image.Exif | None) -> bytes:
-    "uint16 (h, w, c) as TIFF; of EXIF only ASCII strings are kept."
+_MAX_TIFF = 2**32 - 2**26  # bytes of pixels in a classic TIFF; above, nested EXIF is dropped
+
+
+def _encode_tiff(a: np.ndarray, m: Metadata) -> tuple[bytes, list[str]]:
+    "uint8 or uint16 (h, w, c) as TIFF, and notes."
+    notes = []
+    if a.dtype == np.uint16 and a.shape[-1] == 2:
+        a = a[..., [0, 0, 0, 1]]  # few programs read gray with alpha in 16 bits
+    big = a.nbytes > _MAX_TIFF
+    tags = tiff_tags(m)
+    if big and any(is_placeholder(t[0]) for t in tags):
+        tags = [t for t in tags if not is_placeholder(t[0])]
+        notes.append("camera settings and GPS dropped: not written into a TIFF above 4 GB")
     buffer = io.BytesIO()
-    tags = {} if exif is None else exif
-    texts = [(t, 2, 0, v, True) for t, v in tags.items() if isinstance(v, str) and v.isascii()]
     tifffile.imwrite(
         buffer,
         a if a.shape[-1] > 1 else a[..., 0],
+        bigtiff=big,
+        byteorder="<",
         photometric="rgb" if a.shape[-1] > 2 else "minisblack",
         planarconfig="contig" if a.shape[-1] > 1 else None,
-        extrasamples=["unassalpha"] if a.shape[-1] == 4 else None,
+        extrasamples=["unassalpha"] if a.shape[-1] in (2, 4) else None,
         compression="zlib",
-        iccprofile=icc,
-        extratags=texts,
+        predictor=True,
+        resolution=m.dpi,
+        resolutionunit="INCH" if m.dpi else None,
+        iccprofile=m.icc,
+        extratags=tags,
         metadata=None,
         software=False,
     )
-    return buffer.getvalue()
+    data = buffer.getvalue()
+    return data if big else append_tiff_directories(data, m), notes
 
 # %% ../../nbs/tools/401_image_files.ipynb #69c74abd
 def _fit_format(p: DecodedImage, f: Format) -> DecodedImage:
     "Drop or convert what `f` does not support, with a note for each."
     notes = list(p.notes)
-    exif = p.exif
     if p.bits == 16 and not f.deep:
         notes.append(f"16 bits written as 8 ({f.name})")
-    if not f.metadata and (p.icc or exif is not None):
-        notes.append(f"{f.name} holds no EXIF and no color profile")
-    if exif is not None and f.name == "JPEG" and len(exif.tobytes()) > 65_527:
-        exif = None
-        notes.append("EXIF too long for JPEG dropped")
+    metadata = update_metadata(p.metadata, p.size)
+    deep_alpha = f.name == "TIFF" and p.bits == 16 and p.alpha is not None
+    as_rgb = p.gray and (f.name == "WEBP" or deep_alpha)
+    metadata, lost = fit_metadata(metadata, f.name, gray_as_rgb=as_rgb)
     color = p.color
     alpha = p.alpha
     if alpha is not None and not f.alpha:
-        color = color.lerp(torch.ones(()), 1 - alpha)
+        color = color.lerp(torch.ones_like(color), 1 - alpha)
         alpha = None
         notes.append(f"transparency composited on white ({f.name})")
     bits = p.bits if f.deep else 8
-    return replace(p, color=color, alpha=alpha, exif=exif, notes=tuple(notes), bits=bits)
+    notes = (*notes, *lost)
+    return replace(p, color=color, alpha=alpha, metadata=metadata, notes=notes, bits=bits)
 
 
-def _update_exif_size(p: DecodedImage):
-    "Set EXIF's width and height, where it has them, to those of the image; in place."
-    if p.exif is None:
-        return
-    inner = p.exif.get_ifd(EXIF_IFD)
-    for tag, n in zip(EXIF_SIZE, p.size):
-        if tag in inner:
-            inner[tag] = n
-
-
-def _encode_16bit(p: DecodedImage, f: Format) -> tuple[bytes, tuple[str, ...]]:
-    a = to_output_array(p, 16)
-    if f.name == "PNG":
-        return _png16(a, p.icc, None if p.exif is None else p.exif.tobytes()), p.notes
-    data = _tiff16(a, p.icc, p.exif)
-    if p.exif is None:
-        return data, p.notes
-    return data, (*p.notes, "of EXIF only the plain texts are kept in a 16-bit TIFF")
-
-
-def _encode_8bit(p: DecodedImage, f: Format, quality: int) -> bytes:
-    a = to_output_array(p, 8)
+def _encode_with_pillow(a: np.ndarray, f: Format, options: dict) -> bytes:
     im = Image.fromarray(a if a.shape[-1] > 1 else a[..., 0])
     if f.name == "WEBP" and a.shape[-1] < 3:
         im = im.convert("RGB" if a.shape[-1] == 1 else "RGBA")
-    how = {}
-    if f.name == "JPEG":
-        how = dict(quality=quality, subsampling=0)
-    elif f.name == "WEBP":
-        how = dict(quality=quality)
-    elif f.name == "TIFF":
-        # with libtiff's compressions Pillow cannot write nested EXIF
-        nested = p.exif is not None and any(p.exif.get_ifd(i) for i in (EXIF_IFD, GPS_IFD))
-        how = dict(compression="raw" if nested else "tiff_lzw")
-    if f.metadata and p.icc:
-        how["icc_profile"] = p.icc
-    if f.metadata and p.exif is not None:
-        how["exif"] = p.exif.tobytes()
     buffer = io.BytesIO()
-    im.save(buffer, f.name, **how)
+    im.save(buffer, f.name, **options)
     return buffer.getvalue()
+
+
+def _encode(p: DecodedImage, f: Format, quality: int) -> tuple[bytes, list[str]]:
+    "Encode an image that fits the format; notes."
+    a = to_output_array(p, p.bits)
+    if f.name == "TIFF":
+        return _encode_tiff(a, p.metadata)
+    if f.name == "PNG":
+        png = _png16(a) if p.bits == 16 else _encode_with_pillow(a, f, {})
+        return insert_png_chunks(png, p.metadata), []
+    options = pillow_options(p.metadata, f.name)
+    if f.name == "JPEG":
+        options |= dict(quality=quality, subsampling=0)
+    elif f.name == "WEBP":
+        options |= dict(quality=quality)
+    return _encode_with_pillow(a, f, options), []
 
 
 def encode_image(
@@ -504,12 +306,21 @@ def encode_image(
     f: Format,
     quality: int = DEFAULT_QUALITY,  # of JPEG and WebP
 ) -> tuple[bytes, tuple[str, ...]]:  # content of the file; notes on what the format cannot hold
-    "Encode an image; raises `ImageError` if the format does not support its size."
+    """Encode an image; raises `ImageError` if the format does not support its size.
+
+    Metadata that cannot be written is dropped with a note: pixels are never lost by it.
+    """
     if max(p.size) > f.side:
         size = f"{p.size[0]} x {p.size[1]} pixels"
         raise ImageError(size, f"too large for {f.name}", "choose --format png")
     p = _fit_format(p, f)
-    _update_exif_size(p)
-    if p.bits == 16:
-        return _encode_16bit(p, f)
-    return _encode_8bit(p, f, quality), p.notes
+    try:
+        data, notes = _encode(p, f, quality)
+    except MemoryError:
+        raise
+    except Exception as e:  # encoders raise almost anything on unusual metadata
+        if p.metadata == Metadata():
+            raise
+        data, notes = _encode(replace(p, metadata=Metadata()), f, quality)
+        notes = [*notes, f"all metadata dropped: {f.name} cannot be written with it ({e})"]
+    return data, (*p.notes, *notes)

@@ -7,8 +7,10 @@ __all__ = ['RANGE_TOLERANCE', 'as_tensors', 'model_folder', 'read_model_index', 
 
 # %% ../../nbs/tools/402_pipeline.ipynb #bdbdd5da
 import json
+import math
 import operator
 import re
+import threading
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -95,8 +97,8 @@ def _from_array(a: np.ndarray) -> list[Tensor]:
 
 def _from_pil(im: Image.Image) -> tuple[Tensor, bytes | None]:
     p = from_pillow(im)
-    color = p.color if p.alpha is None else p.color.lerp(torch.ones(()), 1 - p.alpha)
-    return color, None if p.gray else p.icc
+    color = p.color if p.alpha is None else p.color.lerp(torch.ones_like(p.color), 1 - p.alpha)
+    return color, None if p.gray else p.metadata.icc
 
 
 def _read_inputs(image) -> list[tuple[Tensor, bytes | None]]:
@@ -160,6 +162,17 @@ def _to_np(x: Tensor, icc: bytes | None) -> np.ndarray:
 _OUTPUTS = dict(pil=_to_pil, np=_to_np, pt=_to_pt)
 
 
+def _number(value, name: str) -> float:
+    "`value`, of any real type, as float; raises `ValueError` for other values."
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if isinstance(value, str) or math.isnan(number):
+        raise ValueError(f"{name} must be a number, not {value!r}")
+    return number
+
+
 def _integer(value, name: str, low: int, high: int = 2**63 - 1) -> int:
     "`value`, of any integer type, as int; raises `ValueError` for other values."
     try:
@@ -180,6 +193,11 @@ from tocsr import TOCSRPipeline
 '''
 
 
+# diffusers' loading changes settings of the process and restores them (its own and accelerate's
+# patch of torch.nn.Module), so that two threads at once would leave them changed
+_loading = threading.RLock()
+
+
 @contextmanager
 def _quiet():
     "Turn off the warnings and progress bars of diffusers."
@@ -193,6 +211,13 @@ def _quiet():
         diffusers_logging.set_verbosity(level)
         if bars:
             diffusers_logging.enable_progress_bar()
+
+
+def _on_cpu():
+    "A context in which new tensors are on the CPU, whatever `torch.set_default_device` says."
+    if torch.get_default_device().type == "cpu":
+        return nullcontext()
+    return torch.device("cpu")  # a setting of this thread alone
 
 
 def model_folder(source: str | Path | None, revision: str | None = None) -> Path:
@@ -369,11 +394,13 @@ class TOCSRPipeline(DiffusionPipeline):
     def network(self) -> OneStepGenerator:
         "Encoder, UNet, decoder and refiner as one module that shares the components' weights."
         scale = self.config.residual_scale
+        if scale is not None:
+            scale = torch.tensor(scale, device=self.device, dtype=torch.float32)
         generator = OneStepGenerator(
             LatentAutoencoder(self.vae),
             self.unet,
             self.scheduler,
-            residual_scale=None if scale is None else torch.tensor(scale, device=self.device),
+            residual_scale=scale,
             refiner=self.refiner,
         )
         return generator.eval()
@@ -403,9 +430,8 @@ class TOCSRPipeline(DiffusionPipeline):
 
         None stands for the model's own `tile`.
         """
-        self._tiling = "auto"
-        self.check(tile=tile or "auto")
-        self._tiling = tile or "auto"
+        self.check(tile=self.tile if tile is None else tile)
+        self._tiling = "auto" if tile is None else tile
 
     def disable_tiling(self):
         "Upscale every image as a whole."
@@ -433,7 +459,7 @@ class TOCSRPipeline(DiffusionPipeline):
             given = name in kwargs or kwargs.get("variant")
             if not given and (index.get(name) or [None])[0] is not None:
                 parts[name] = _weights_of(folder, name)
-        with _quiet():
+        with _loading, _quiet(), _on_cpu():
             pipe = super().from_pretrained(str(folder), use_safetensors=True, **kwargs)
             if not {"dtype", "torch_dtype"} & kwargs.keys():
                 pipe.to(torch.float32)  # also where torch has another default
@@ -470,20 +496,25 @@ class TOCSRPipeline(DiffusionPipeline):
         strength: float = 1.0,
         num_inference_steps: int = 1,
         consistency_factor: int | None = None,
+        seed: int = 0,
     ):
         "Raise `ValueError` for arguments of a call that this model does not support."
+        _integer(seed, "seed", -(2**63))
         unit = MULTIPLE // self.scale
-        if scale is not None and not 0 < scale <= self.scale:
+        if scale is not None and not 0 < _number(scale, "scale") <= self.scale:
             raise ValueError(f"scale must be above 0 and at most {self.scale}, not {scale:g}")
         tile = self._tile_of(tile)
-        if tile is not None and (isinstance(tile, str) or tile < 1 or tile % unit):
+        if tile is not None:
+            tile = _integer(tile, "tile", -(2**63))
+            overlap = _integer(overlap, "overlap", -(2**63))
+        if tile is not None and (tile < 1 or tile % unit):
             raise ValueError(f"tiles are multiples of {unit} pixels, or None, not {tile}")
         if tile is not None and not self.tileable and (not 0 < overlap < tile or overlap % unit):
             raise ValueError(
                 f"overlap {overlap} must be a multiple of {unit} above 0 and below the "
                 f"tile's {tile}"
             )
-        if not 0 <= strength <= 1:
+        if not 0 <= _number(strength, "strength") <= 1:
             raise ValueError(f"strength must lie in 0..1, not {strength:g}")
         if consistency_factor is not None:
             _integer(consistency_factor, "consistency_factor", 0)
@@ -524,10 +555,11 @@ class TOCSRPipeline(DiffusionPipeline):
         callback_on_step_end: Callable | None = None,
     ) -> UpscaleOutput | tuple:
         "Upscale one or many images; raises `ValueError` for unsupported arguments or images."
-        self.check(scale, tile, overlap, strength, num_inference_steps, consistency_factor)
+        self.check(scale, tile, overlap, strength, num_inference_steps, consistency_factor, seed)
         if output_type not in _OUTPUTS:
             raise ValueError(f"output_type {output_type!r}: choose one of {', '.join(_OUTPUTS)}")
-        inputs = _read_inputs(image)
+        with _on_cpu():
+            inputs = _read_inputs(image)
         generators = _one_per_image(generator, len(inputs))
         call = dict(
             scale=scale,
@@ -570,20 +602,36 @@ class TOCSRPipeline(DiffusionPipeline):
         callback_on_step_end: Callable | None = None,
     ) -> Tensor:  # (1, 3, h', w') in [-1, 1], float32 on the CPU
         "Upscale one image in [-1, 1]; arguments as in a call, not checked."
+        with _on_cpu():
+            return self._upscale(
+                lr,
+                scale,
+                self._noise_of(lr, seed, generator),
+                tile=self._tile_of(tile),
+                overlap=overlap,
+                consistency_factor=consistency_factor,
+                strength=strength,
+                steps=num_inference_steps,
+                progress=progress,
+                callback=callback_on_step_end,
+            )
+
+    def _upscale(
+        self,
+        lr: Tensor,  # (1, 3, h, w) in [-1, 1], on the CPU
+        scale: float | None,
+        noise: Tensor,
+        *,
+        consistency_factor: int | None,
+        strength: float,
+        **how,  # of `_run_network`
+    ) -> Tensor:
+        "Run the network, back-project, blend with bicubic interpolation and resize."
         s = self.scale
         h, w = lr.shape[-2:]
         if consistency_factor is None:
             consistency_factor = self.config.consistency_factor
-        x = LazyBicubic(lr, s)
-        y = self._run_network(
-            x,
-            self._noise(x.size, seed, generator),
-            tile=self._tile_of(tile),
-            overlap=overlap,
-            steps=num_inference_steps,
-            progress=progress,
-            callback=callback_on_step_end,
-        )
+        y = self._run_network(LazyBicubic(lr, s), noise, **how)
         held = [y[..., : h * s, : w * s].clamp_(-1, 1)]
         del y  # `back_project` gets the only reference, and frees this image once it has the next
         sr = back_project(held.pop(), lr, consistency_factor)
@@ -630,12 +678,13 @@ class TOCSRPipeline(DiffusionPipeline):
         vae = LatentAutoencoder(self.vae)
         return vae.channels, size[0] // vae.factor, size[1] // vae.factor
 
-    def _noise(self, size: tuple[int, int], seed: int, generator: torch.Generator | None) -> Tensor:
-        "Standard normal latents (1, c, H/f, W/f) in float32 on the CPU."
-        shape = self._latent_shape(size)
+    def _noise_of(self, lr: Tensor, seed: int, generator: torch.Generator | None) -> Tensor:
+        "Standard normal latents (1, c, H/f, W/f) for an image, in float32 on the CPU."
+        shape = self._latent_shape(LazyBicubic(lr, self.scale).size)
         if generator is None:
             return start_noise(shape, _integer(seed, "seed", -(2**63)), [0])
-        return torch.randn((1, *shape), generator=generator, device=generator.device).cpu()
+        where = dict(generator=generator, device=generator.device, dtype=torch.float32)
+        return torch.randn((1, *shape), **where).cpu()
 
     def _sampler(self, steps: int, callback: Callable | None) -> Callable[[Tensor, Tensor], Tensor]:
         "A function (upsampled image (1, 3, h, w), noise) -> image: one evaluation, or DDIM."

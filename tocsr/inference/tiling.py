@@ -79,8 +79,8 @@ def tile_weights(n: int, tile: int, overlap: int) -> list[tuple[int, Tensor]]:
     tile = min(tile, n)
     starts = tile_starts(n, tile, overlap)
     distance = torch.minimum(torch.arange(tile), torch.arange(tile).flip(0))
-    ramp = ((distance + 0.5) / overlap).clamp(max=1)
-    total = torch.zeros(n)
+    ramp = ((distance.float() + 0.5) / overlap).clamp(max=1)
+    total = torch.zeros(n, dtype=torch.float32)
     for a in starts:
         total[a : a + tile] += ramp
     return [(a, ramp / total[a : a + tile]) for a in starts]
@@ -113,7 +113,7 @@ def tile_blended(
     f = H // noise.shape[-2]
     rows = tile_weights(H, tile or H, overlap)
     columns = tile_weights(W, tile or W, overlap)
-    out = torch.zeros(1, 3, H, W)
+    out = torch.zeros(1, 3, H, W, dtype=torch.float32)
     for i, (top, v) in enumerate(rows):
         for j, (left, w) in enumerate(columns):
             bottom = top + len(v)

@@ -5,15 +5,21 @@
 # %% ../../nbs/tools/108_complexity.ipynb #3610aa9c
 from __future__ import annotations
 
+import copy
 import statistics
 import time
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -196,3 +202,168 @@ def latency_ms(
             torch.cuda.synchronize()
         times.append(1e3 * (time.perf_counter() - start))
     return statistics.median(times[warmup:])
+
+# %% ../../nbs/tools/108_complexity.ipynb #e23ae6be
+class _FusedAttention(torch.autograd.Function):
+    "Saves the tensors that a fused kernel keeps for its backward pass."
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        out = q.new_empty(*q.shape[:-1], v.shape[-1])
+        ctx.save_for_backward(q, k, v, out)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise RuntimeError("this attention counts memory and has no backward pass")
+
+
+def _attention_without_data(q: Tensor, k: Tensor, v: Tensor, *args, **kwargs) -> Tensor:
+    "Takes the place of `scaled_dot_product_attention`."
+    return _FusedAttention.apply(q, k, v)
+
+
+class _SavedBytes:
+    "Sizes of the storages of tensors, each counted once, without those of the weights."
+
+    def __init__(self, weights: Iterable[Tensor]):
+        self.weights = {w.untyped_storage()._cdata for w in weights}
+        self.kept = {}  # storage -> tensor, which keeps it alive, and bytes
+        self.largest_segment = 0
+
+    def add(self, t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage._cdata not in self.weights:
+            self.kept[storage._cdata] = (t, storage.nbytes())
+        return t
+
+    def run_segment(self, function: Callable, *args):
+        "Takes the place of `torch.utils.checkpoint.checkpoint`."
+        inside = _SavedBytes(())
+        inside.weights = self.weights
+        for t in filter(torch.is_tensor, args):
+            self.add(t)
+        with saved_tensors_hooks(inside.add, lambda t: t):
+            out = function(*args)
+        self.largest_segment = max(self.largest_segment, inside.total)
+        return out
+
+    @property
+    def total(self) -> int:
+        return sum(n for _, n in self.kept.values()) + self.largest_segment
+
+
+@contextmanager
+def _autocast_always(device: str, precision: str):
+    "Autocast that is also enabled for a kind of device that this machine lacks."
+    enabled = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device)
+    torch.set_autocast_enabled(device, precision != "no")
+    torch.set_autocast_dtype(device, torch.float16 if precision == "fp16" else torch.bfloat16)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled(device, enabled)
+        torch.set_autocast_dtype(device, dtype)
+        torch.clear_autocast_cache()
+
+
+@contextmanager
+def _checkpointing_by(module: nn.Module, run_segment: Callable, enabled: bool):
+    "Gradient checkpointing of all parts that support it, as in `fit`, by `run_segment`."
+    parts = [m for m in module.modules() if getattr(m, "_supports_gradient_checkpointing", False)]
+    parts = parts if enabled else []
+    for part in parts:
+        part.enable_gradient_checkpointing(run_segment)
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.disable_gradient_checkpointing()
+
+
+def activation_bytes(
+    module: nn.Module,  # on the meta device
+    *inputs,  # of `module.forward`; tensors are only read for their shapes
+    device: str = "cpu",  # kind of device: "cpu" or "cuda", which need not be there
+    precision: str = "no",  # accelerate's "no", "fp16", "bf16"
+    checkpointing: bool = False,  # gradient checkpointing, as in `fit`
+) -> int:
+    """Bytes that the backward pass of `module(*inputs)` needs of its forward pass.
+
+    With mixed precision they contain the half-precision copies of the weights."""
+    with FakeTensorMode(), torch.device(device):
+
+        def fake(x):
+            if isinstance(x, tuple):
+                return tuple(map(fake, x))
+            return torch.empty(x.shape, dtype=x.dtype) if isinstance(x, Tensor) else x
+
+        state = {k: fake(v).requires_grad_() for k, v in module.named_parameters()}
+        state |= {k: fake(v) for k, v in module.named_buffers()}
+        saved = _SavedBytes(state.values())
+        with (
+            patch.object(F, "scaled_dot_product_attention", _attention_without_data),
+            _checkpointing_by(module, saved.run_segment, checkpointing),
+            _autocast_always(device, precision),
+            saved_tensors_hooks(saved.add, lambda t: t),
+        ):
+            functional_call(module, state, fake(inputs))
+        return saved.total
+
+# %% ../../nbs/tools/108_complexity.ipynb #f8c80b45
+def _materialize(x, device: torch.device):
+    "Copy nested tuples of tensors on the meta device to `device`, with small random values."
+    if isinstance(x, tuple):
+        return tuple(_materialize(v, device) for v in x)
+    if not isinstance(x, Tensor):
+        return x
+    if x.is_floating_point():
+        return torch.randn(x.shape, dtype=x.dtype, device=device) * 0.1
+    return torch.zeros(x.shape, dtype=x.dtype, device=device)
+
+
+def _outputs(x) -> list[Tensor]:
+    "Tensors with a gradient in nested tuples and diffusers outputs."
+    if isinstance(x, Tensor):
+        return [x] if x.requires_grad else []
+    values = x.values() if hasattr(x, "values") else x if isinstance(x, tuple) else ()
+    return [t for v in values for t in _outputs(v)]
+
+
+def pass_seconds(
+    module: nn.Module,  # on the meta device; it is measured with random weights
+    *inputs,  # of `module.forward`, on the meta device
+    device: torch.device | str = "cpu",
+    precision: str = "no",  # "no", "fp16" or "bf16"
+    checkpointing: bool = False,  # gradient checkpointing of the training pass
+    repeats: int = 2,  # after one warm-up pass
+) -> tuple[float, float]:
+    "Seconds of a forward pass without gradient, and of a forward and backward pass."
+    device = torch.device(device)
+    module = copy.deepcopy(module).to_empty(device=device)
+    for p in module.parameters():
+        p.data.normal_(0, 0.02)
+    args = _materialize(inputs, device)
+    for part in module.modules():
+        if checkpointing and getattr(part, "_supports_gradient_checkpointing", False):
+            part.enable_gradient_checkpointing()
+    half = torch.float16 if precision == "fp16" else torch.bfloat16
+
+    def run(training: bool) -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        with (
+            torch.set_grad_enabled(training),
+            torch.autocast(device.type, half, enabled=precision != "no"),
+        ):
+            outputs = _outputs(module(*args))
+        if training:
+            torch.autograd.backward(outputs, [torch.ones_like(v) for v in outputs])
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    times = [[run(training) for _ in range(repeats + 1)][1:] for training in (False, True)]
+    return min(times[0]), min(times[1])

@@ -12,11 +12,12 @@ from diffusers import DDIMScheduler, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
 from ..core.config import UNetConfig, norm_groups
+from .initialization import initialize_as_identity
 
 # %% auto #0
-__all__ = ['unet_config', 'nano_unet', 'null_context', 'noise_schedule', 'signal_noise', 'estimates_from_output',
-           'output_from_epsilon', 'epsilon_output_scale', 'predict', 'predict_epsilon', 'predict_clean',
-           'uniform_timesteps', 'diffusion_loss', 'ddim_sample', 'eval_timesteps']
+__all__ = ['unet_config', 'nano_unet', 'set_context', 'fixed_context', 'null_context', 'noise_schedule', 'signal_noise',
+           'estimates_from_output', 'output_from_epsilon', 'epsilon_output_scale', 'predict', 'predict_epsilon',
+           'predict_clean', 'uniform_timesteps', 'diffusion_loss', 'ddim_sample', 'eval_timesteps']
 
 # %% ../../nbs/tools/103_diffusion.ipynb #17fe15e6
 def unet_config(cfg: UNetConfig, channels: int) -> dict:
@@ -38,16 +39,53 @@ def unet_config(cfg: UNetConfig, channels: int) -> dict:
 
 
 def nano_unet(cfg: UNetConfig, channels: int, **changes) -> UNet2DConditionModel:
-    "A freshly initialized UNet; (b, channels, h, w) -> (b, channels, h, w)."
-    return UNet2DConditionModel(**{**unet_config(cfg, channels), **changes})
+    """A new UNet, initialized as `cfg` says; (b, channels, h, w) -> (b, channels, h, w).
+
+    Raises `ValueError` for another initialization than "default" and "identity".
+    """
+    if cfg.initialization not in ("default", "identity"):
+        raise ValueError(
+            f"unet.initialization: {cfg.initialization!r}; choose 'default' or 'identity'"
+        )
+    unet = UNet2DConditionModel(**{**unet_config(cfg, channels), **changes})
+    return initialize_as_identity(unet) if cfg.initialization == "identity" else unet
 
 
-def null_context(unet: nn.Module, batch: int, tokens: int = 1) -> Tensor:
-    "The fixed context (b, tokens, dim), all ones; no text is used."
+def set_context(
+    unet: nn.Module,  # changed in place
+    context: Tensor | None,  # (tokens, width) or (1, tokens, width); None: one token of ones
+) -> nn.Module:  # `unet`
+    """Give a UNet the fixed context that `null_context` returns for it.
+
+    It is a buffer: it moves with the UNet, and copies keep it. A `StagedUNet` saves it with its
+    weights. Raises `ValueError` for a shape that the UNet cannot read."""
+    if context is not None:
+        width = unet.config.cross_attention_dim
+        context = context[0] if context.ndim == 3 and len(context) == 1 else context
+        if context.ndim != 2 or not len(context) or context.shape[1] != width:
+            raise ValueError(
+                f"a context of shape {tuple(context.shape)} does not fit the UNet; "
+                f"it reads (tokens, {width})"
+            )
+        p = next(unet.parameters())
+        context = context.detach()[None].to(p)
+    saved = getattr(type(unet), "saves_context", False)
+    unet.register_buffer("fixed_context", context, persistent=saved)
+    return unet
+
+
+def fixed_context(unet: nn.Module) -> Tensor | None:
+    "The context (1, tokens, width) given by `set_context`, or None."
+    return getattr(unet, "fixed_context", None)
+
+
+def null_context(unet: nn.Module, batch: int) -> Tensor:
+    "The context (b, tokens, width) of every call: that of `set_context`, else one token of ones."
     p = next(unet.parameters())
-    return torch.ones(
-        batch, tokens, unet.config.cross_attention_dim, device=p.device, dtype=p.dtype
-    )
+    context = fixed_context(unet)
+    if context is None:
+        context = torch.ones(1, 1, unet.config.cross_attention_dim)
+    return context.to(p).expand(batch, -1, -1)
 
 # %% ../../nbs/tools/103_diffusion.ipynb #5fa58e55
 PREDICTION_TYPES = ("epsilon", "v_prediction")
@@ -120,10 +158,12 @@ def predict(
     t: Tensor,  # (b,) integer timesteps
     schedule: DDPMScheduler,
     cond: Tensor | None = None,  # (b, k, h, w) channels appended to the input
+    *,
+    context: Tensor | None = None,  # (b, tokens, width); None: that of `null_context`
 ) -> tuple[Tensor, Tensor]:  # eps-hat, z_0-hat, each (b, c, h, w)
     "One call of `unet`, converted to estimates of noise and clean latent."
     x = z_t if cond is None else torch.cat([z_t, cond], 1)
-    context = null_context(unet, len(z_t))
+    context = null_context(unet, len(z_t)) if context is None else context
     out = unet(x.to(context.dtype), t, context).sample
     return estimates_from_output(out, z_t, t, schedule)
 
@@ -134,9 +174,11 @@ def predict_epsilon(
     t: Tensor,
     schedule: DDPMScheduler,
     cond: Tensor | None = None,
+    *,
+    context: Tensor | None = None,
 ) -> Tensor:  # (b, c, h, w)
     "Noise estimate; arguments as in `predict`."
-    return predict(unet, z_t, t, schedule, cond)[0]
+    return predict(unet, z_t, t, schedule, cond, context=context)[0]
 
 
 def predict_clean(
@@ -145,9 +187,11 @@ def predict_clean(
     t: Tensor,
     schedule: DDPMScheduler,
     cond: Tensor | None = None,
+    *,
+    context: Tensor | None = None,
 ) -> Tensor:  # (b, c, h, w)
     "Estimate of the clean latent; arguments as in `predict`."
-    return predict(unet, z_t, t, schedule, cond)[1]
+    return predict(unet, z_t, t, schedule, cond, context=context)[1]
 
 # %% ../../nbs/tools/103_diffusion.ipynb #33351b2a
 def uniform_timesteps(n: int, generator: torch.Generator, schedule: DDPMScheduler) -> Tensor:

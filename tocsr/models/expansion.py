@@ -13,7 +13,9 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
+from ..core.files import read_weights, save_weights
 from .autoencoder import LatentAutoencoder, load_autoencoder
+from .diffusion import fixed_context, set_context
 from .saving import save_model
 
 # %% auto #0
@@ -183,11 +185,14 @@ def save_teacher(
     folder: str | Path,
     dtype: torch.dtype | None = None,  # of the stored weights; None: as they are
 ) -> Path:
-    "Write unet/, scheduler/ and vae/."
+    "Write unet/, scheduler/, vae/ and, if the UNet has a fixed context, context.safetensors."
     folder = Path(folder)
     for part, name in ((teacher.unet, "unet"), (teacher.vae.model, "vae")):
         save_model(deepcopy(part).to(dtype) if dtype else part, folder / name)
     teacher.schedule.save_pretrained(folder / "scheduler")
+    context = fixed_context(teacher.unet)
+    if context is not None:
+        save_weights(folder / "context.safetensors", dict(context=context.float()))
     return folder
 
 
@@ -196,4 +201,7 @@ def load_teacher_folder(folder: str | Path) -> Teacher:
     unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", use_safetensors=True)
     schedule = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
     vae = load_autoencoder(folder, subfolder="vae")
+    context = Path(folder) / "context.safetensors"
+    if context.is_file():
+        set_context(unet, read_weights(context)["context"])
     return Teacher(unet.float().eval(), schedule, vae.float())

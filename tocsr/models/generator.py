@@ -117,7 +117,7 @@ def start_noise(
 ) -> Tensor:  # (b, c, h, w)
     "Standard normal noise; row i depends on `seed` and `indices[i]` alone."
     generators = [shared_step_generator(seed, int(i)) for i in indices]
-    return torch.stack([torch.randn(shape, generator=g) for g in generators])
+    return torch.stack([torch.randn(shape, generator=g, dtype=torch.float32) for g in generators])
 
 
 def start_latent(

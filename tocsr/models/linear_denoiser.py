@@ -5,13 +5,14 @@
 # %% ../../nbs/tools/102_linear_denoiser.ipynb #cede2834
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['moments', 'translation_average', 'LinearDenoiser']
+__all__ = ['moments', 'translation_average', 'LinearDenoiser', 'FrequencyDenoiser']
 
 # %% ../../nbs/tools/102_linear_denoiser.ipynb #9d39b693
 def moments(
@@ -111,3 +112,68 @@ class LinearDenoiser:
         "Draw (n, c, s, s) from the fitted Gaussian."
         e = torch.randn(n, len(self.mean), generator=generator)
         return (self.mean + (e * self.variance.sqrt()) @ self.vectors.T).view(n, *self.shape)
+
+# %% ../../nbs/tools/102_linear_denoiser.ipynb #34de7b54
+class FrequencyDenoiser:
+    "Wiener filter of stationary latents (c, h, w): one covariance of the channels per frequency."
+
+    def __init__(
+        self,
+        mean: Tensor,  # (c, 1, 1)
+        variance: Tensor,  # (h, w, c) eigenvalues of the spectral covariances
+        vectors: Tensor,  # (h, w, c, c) eigenvectors, one per column, complex
+    ):
+        self.mean = mean
+        self.variance = variance
+        self.vectors = vectors
+        self.shape = (len(mean), *variance.shape[:2])
+
+    @classmethod
+    def fit(
+        cls,
+        batches: Iterable[Tensor],  # latent crops (b, c, h, w)
+    ) -> FrequencyDenoiser:
+        "Estimate the channels' means and spectral covariances."
+        n = 0
+        total = 0.0
+        outer = 0.0
+        for z in batches:
+            z = z.double()
+            n += len(z)
+            total = total + z.sum(0)
+            spectrum = torch.fft.fft2(z, norm="ortho")
+            outer = outer + torch.einsum("bchw,bdhw->hwcd", spectrum, spectrum.conj())
+        mean = (total / n).mean((1, 2), keepdim=True)
+        covariance = outer / n
+        constant = mean.flatten() * math.prod(covariance.shape[:2]) ** 0.5
+        covariance[0, 0] -= torch.outer(constant, constant)
+        variance, vectors = torch.linalg.eigh(covariance)
+        return cls(mean.float(), variance.clamp_min(0).float(), vectors.to(torch.complex64))
+
+    def _filter(self, z: Tensor, gain: Tensor) -> Tensor:
+        "Multiply the components of (b, c, h, w) by gains (b or 1, h, w, c)."
+        spectrum = torch.fft.fft2(z, norm="ortho").permute(0, 2, 3, 1)[..., None]
+        parts = self.vectors.mH @ spectrum * gain[..., None]
+        filtered = (self.vectors @ parts)[..., 0].permute(0, 3, 1, 2)
+        return torch.fft.ifft2(filtered, norm="ortho").real
+
+    def epsilon(
+        self,
+        z_t: Tensor,  # (b, c, h, w)
+        alpha: Tensor,  # (b,) scale of the signal
+        sigma: Tensor,  # (b,) scale of the noise
+    ) -> Tensor:  # (b, c, h, w)
+        """Noise estimate sigma (alpha^2 C + sigma^2)^-1 (z_t - alpha mu).
+
+        Raises `ValueError` for crops of another shape."""
+        if z_t.shape[1:] != self.shape:
+            raise ValueError(f"fitted on crops {self.shape}, got {tuple(z_t.shape[1:])}")
+        alpha = alpha[:, None, None, None]
+        sigma = sigma[:, None, None, None]
+        gain = sigma / (alpha**2 * self.variance + sigma**2)
+        return self._filter(z_t - alpha * self.mean, gain)
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        "Draw (n, c, h, w) from the fitted Gaussian."
+        noise = torch.randn(n, *self.shape, generator=generator)
+        return self.mean + self._filter(noise, self.variance.sqrt()[None])

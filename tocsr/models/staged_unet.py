@@ -32,6 +32,7 @@ from tocsr.models.architecture import (
     deepest_stages,
     stage_names,
 )
+from .diffusion import TRAIN_TIMESTEPS, fixed_context, set_context
 from .saving import save_model
 
 # %% auto #0
@@ -174,7 +175,7 @@ def build_stage(
 
 # %% ../../nbs/tools/106_staged_unet.ipynb #c4defd33
 class StagedConfig(FrozenDict):
-    """The entries `unet` and `architecture`.
+    """The entries `unet`, `architecture` and `context_tokens`.
 
     The settings of the UNet are also attributes, as in a `UNet2DConditionModel`."""
 
@@ -219,6 +220,7 @@ class StagedUNet(ModelMixin, ConfigMixin):
 
     Its call signature is that of the `UNet2DConditionModel` it was split from."""
 
+    saves_context = True  # of `set_context`
     _supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]
 
@@ -228,6 +230,7 @@ class StagedUNet(ModelMixin, ConfigMixin):
         *,
         unet: dict,  # configuration of the `UNet2DConditionModel` that it was split from
         architecture: str,  # in brackets, e.g. "[R-R-R]-[R-RA-RAA]"
+        context_tokens: int | None = None,  # of the context saved with the weights; None: none
     ):
         super().__init__()
         self.register_to_config(unet=_public(unet))
@@ -240,10 +243,14 @@ class StagedUNet(ModelMixin, ConfigMixin):
             stages = arrange_stages(
                 teacher, wanted, lambda name, option: build_stage(teacher.stages[name], option)
             )
+            if context_tokens is not None:
+                set_context(teacher, torch.zeros(context_tokens, self.config.cross_attention_dim))
             self._set_parts(teacher, stages, teacher.shapes)
         device = nn.Linear(1, 1).weight.device  # meta while `from_pretrained` makes an empty model
         if device.type != "meta":
             _initialize(self, device)
+            if context_tokens is not None:
+                self.fixed_context.zero_()
 
     @classmethod
     def from_unet(
@@ -256,7 +263,7 @@ class StagedUNet(ModelMixin, ConfigMixin):
     @classmethod
     def from_stages(
         cls,
-        trunk: nn.Module,  # has the parts named in `TRUNK`
+        trunk: nn.Module,  # has the parts named in `TRUNK`, and the context
         stages: dict[str, UNetStage],
         shapes: dict[str, StageShape],  # of all stages of the teacher, including removed ones
         *,
@@ -267,7 +274,13 @@ class StagedUNet(ModelMixin, ConfigMixin):
         ModelMixin.__init__(net)
         net._set_parts(trunk, stages, shapes)
         net.register_to_config(unet=_public(unet), architecture=str(net.architecture))
+        net._register_context()
         return net
+
+    def _register_context(self):
+        "Write the number of tokens of the context to the configuration."
+        context = fixed_context(self)
+        self.register_to_config(context_tokens=None if context is None else context.shape[1])
 
     def _set_parts(
         self, trunk: nn.Module, stages: dict[str, UNetStage], shapes: dict[str, StageShape]
@@ -276,10 +289,12 @@ class StagedUNet(ModelMixin, ConfigMixin):
             setattr(self, name, getattr(trunk, name))
         self.stages = nn.ModuleDict(stages)
         self.shapes = shapes
+        self.skip_dropout = 0.0  # of training alone, not saved; see `_drop_skips`
+        self.register_buffer("fixed_context", fixed_context(trunk))
 
     @property
     def config(self) -> StagedConfig:
-        "The content of config.json: `unet` and `architecture`."
+        "The content of config.json: `unet`, `architecture` and `context_tokens`."
         return StagedConfig(self._internal_dict)
 
     @property
@@ -302,6 +317,7 @@ class StagedUNet(ModelMixin, ConfigMixin):
             in_channels=self.conv_in.in_channels, out_channels=self.conv_out.out_channels
         )
         self.register_to_config(unet={**self.config.unet, **channels})
+        self._register_context()
         super().save_pretrained(save_directory, **kwargs)
 
     def enable_gradient_checkpointing(self, gradient_checkpointing_func: Callable | None = None):
@@ -334,6 +350,8 @@ class StagedUNet(ModelMixin, ConfigMixin):
             x, _ = self.stages["Mid"](x, temb, encoder_hidden_states)
         # as in diffusers, upsamplers get a size only if the sides are not divisible
         odd = any(d % 2 ** (self.levels - 1) for d in sample.shape[-2:])
+        if self.training and self.skip_dropout:
+            skips = self._drop_skips(skips, timestep)
         x = self._decode(x, temb, encoder_hidden_states, skips=skips, odd=odd)
         if self.conv_norm_out is not None:
             x = self.conv_act(self.conv_norm_out(x))
@@ -352,6 +370,24 @@ class StagedUNet(ModelMixin, ConfigMixin):
             else:
                 skips[level] = (x,) * len(self.shapes[name].skip_channels)
         return x, skips
+
+    def _drop_skips(
+        self, skips: dict[int, tuple[Tensor, ...]], timestep: Tensor | int
+    ) -> dict[int, tuple[Tensor, ...]]:
+        """Zero the skips of a level with probability `skip_dropout` * t / T, per sample (ours).
+
+        Without its skips a decoder depends on the levels below it, as at high noise it should. The
+        skips of the lowest level, which has none below, are kept.
+        """
+        first = skips[1][0]
+        rate = self.skip_dropout * torch.as_tensor(timestep, device=first.device) / TRAIN_TIMESTEPS
+        kept = {}
+        for level, tensors in skips.items():
+            if level < self.levels:
+                keep = torch.rand(len(first), device=first.device) >= rate
+                tensors = tuple(s * keep[:, None, None, None].to(s) for s in tensors)
+            kept[level] = tensors
+        return kept
 
     def _decode(
         self, x: Tensor, temb: Tensor, context: Tensor, *, skips: dict, odd: bool
@@ -512,10 +548,16 @@ def capture_stage_io(
     return calls
 
 # %% ../../nbs/tools/106_staged_unet.ipynb #500f5491
-def build_staged_unet(unet: Mapping, architecture: Architecture | str) -> StagedUNet:
+def build_staged_unet(
+    unet: Mapping,  # configuration of a `UNet2DConditionModel`
+    architecture: Architecture | str,
+    context_tokens: int | None = None,
+) -> StagedUNet:
     "Build a network on the meta device from a UNet's configuration and an architecture."
     with torch.device("meta"):
-        return StagedUNet(unet=dict(unet), architecture=str(architecture))
+        return StagedUNet(
+            unet=dict(unet), architecture=str(architecture), context_tokens=context_tokens
+        )
 
 
 def save_staged_unet(folder: str | Path, net: StagedUNet) -> Path:
@@ -536,7 +578,8 @@ def load_staged_unet(folder: str | Path) -> StagedUNet:
             f"{file} is not the configuration of a StagedUNet: "
             f"its keys are {sorted(config)}, expected are `unet` and `architecture`"
         )
-    net = build_staged_unet(config["unet"], config["architecture"]).to_empty(device="cpu")
+    tokens = config.get("context_tokens")
+    net = build_staged_unet(config["unet"], config["architecture"], tokens).to_empty(device="cpu")
     return load_weights(Path(folder) / "diffusion_pytorch_model.safetensors", net).eval()
 
 

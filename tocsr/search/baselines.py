@@ -10,7 +10,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .log import Evaluation, EvaluationLog, Incumbent, Trials, best_feasible
+from tocsr.search.log import (
+    Evaluation,
+    EvaluationLog,
+    Incumbent,
+    Proposals,
+    Trials,
+    best_feasible,
+    evaluate_proposals,
+)
 from tocsr.search.space import (
     SearchProblem,
     check_grid,
@@ -23,8 +31,7 @@ from tocsr.search.space import (
 )
 
 # %% auto #0
-__all__ = ['random_search', 'greedy_search', 'solve_milp_candidate', 'fit_additive', 'additive_search', 'nsga2_search',
-           'tpe_search']
+__all__ = ['random_search', 'greedy_search', 'nsga2_search', 'tpe_search']
 
 # %% ../../nbs/tools/303_search_baselines.ipynb #81a83bee
 def random_search(
@@ -37,16 +44,23 @@ def random_search(
     initial: int = 0,  # not used
 ) -> list[Evaluation]:
     "Uniformly distributed architectures, shared by all eps."
-    check_grid(eps)
     trials = Trials(problem, log, "random", seed)
-    for step in range(len(trials), budget):
-        a = random_unseen(problem, trials.seen, step_rng(seed, "all", step))
+    proposals = random_proposals(problem, trials, check_grid(eps), seed=seed, initial=initial)
+    return evaluate_proposals(trials, budget, proposals)
+
+# %% ../../nbs/tools/303_search_baselines.ipynb #5a19c73b
+def random_proposals(
+    problem: SearchProblem, trials: Trials, eps: Sequence[float], *, seed: int, initial: int
+) -> Proposals:
+    "Unseen architectures at random, until none is left."
+    while True:
+        rng = step_rng(seed, "all", trials.proposed)
+        a = random_unseen(problem, trials.seen, rng)
         if a is None:
-            break
-        trials.evaluate(a)
-    return trials.done
+            return
+        yield a
 
-
+# %% ../../nbs/tools/303_search_baselines.ipynb #45c3f1cf
 def greedy_search(
     problem: SearchProblem,
     eps: Sequence[float],
@@ -58,24 +72,54 @@ def greedy_search(
 ) -> list[Evaluation]:
     "One greedy path per eps over shared evaluations; it may end before its budget."
     trials = Trials(problem, log, "greedy", seed)
-    for e in check_grid(eps):
-        a = problem.space.teacher
-        excluded: set[tuple[int, int]] = set()
-        while move := _best_move(problem, a, excluded):
-            stage, option = move
-            b = a[:stage] + (option,) + a[stage + 1 :]
-            if not problem.satisfies_constraints([b])[0]:
-                a = b  # not evaluated: outside the exact constraints
-                continue
-            if b not in trials.seen and len(trials) >= budget:
-                return trials.done
-            if trials.evaluate(b).f_acc <= e:
-                a = b
+    proposals = greedy_proposals(problem, trials, check_grid(eps), seed=seed, initial=initial)
+    return evaluate_proposals(trials, budget, proposals)
+
+# %% ../../nbs/tools/303_search_baselines.ipynb #0f8497c0
+def greedy_proposals(
+    problem: SearchProblem, trials: Trials, eps: Sequence[float], *, seed: int, initial: int
+) -> Proposals:
+    "The first path that waits for no pending evaluation goes on."
+    paths = [_GreedyPath(problem, e) for e in eps]
+    while paths:
+        a = None
+        for path in list(paths):
+            a = path.advance(trials)
+            if a is None:
+                paths.remove(path)
+            elif a not in trials.pending:
+                break
             else:
-                excluded.add(move)
-    return trials.done
+                a = None
+        if paths:
+            yield a
 
 
+class _GreedyPath:
+    "The greedy path of one eps, as far as its evaluations are known."
+
+    def __init__(self, problem: SearchProblem, eps: float):
+        self.problem = problem
+        self.eps = eps
+        self.a = problem.space.teacher
+        self.excluded: set[tuple[int, int]] = set()
+
+    def advance(self, trials: Trials) -> tuple[int, ...] | None:
+        "The evaluation that the path needs next; None at its end."
+        while move := _best_move(self.problem, self.a, self.excluded):
+            stage, option = move
+            b = self.a[:stage] + (option,) + self.a[stage + 1 :]
+            if not self.problem.satisfies_constraints([b])[0]:
+                self.a = b  # not evaluated: outside the exact constraints
+            elif b not in trials.by_arch:
+                return b
+            elif trials.by_arch[b].f_acc <= self.eps:
+                self.a = b
+            else:
+                self.excluded.add(move)
+        return None
+
+# %% ../../nbs/tools/303_search_baselines.ipynb #da50b92d
 def _best_move(problem, a, excluded) -> tuple[int, int] | None:
     "Cheaper (stage, option) with the least additional score per unit of cost saved."
     cost = problem.costs.table
@@ -163,14 +207,25 @@ def additive_search(
 ) -> list[Evaluation]:
     "Integer program over refitted scores; the eps take turns and share all evaluations."
     trials = Trials(problem, log, "additive", seed)
-    eps = [e for e in check_grid(eps) if e > 0 or not problem.space.has_teacher]
-    if not eps:
-        return trials.done
-    for step in range(len(trials), budget):
+    proposals = additive_proposals(problem, trials, check_grid(eps), seed=seed, initial=initial)
+    return evaluate_proposals(trials, budget, proposals)
+
+# %% ../../nbs/tools/303_search_baselines.ipynb #235f9bc8
+def additive_proposals(
+    problem: SearchProblem, trials: Trials, eps: Sequence[float], *, seed: int, initial: int
+) -> Proposals:
+    """Solutions of the integer program for one eps after the other.
+
+    A pending architecture is excluded, but its cost does not count as reached: the next one of the
+    same eps is the second-best solution.
+    """
+    eps = [e for e in eps if e > 0 or not problem.space.has_teacher]
+    while eps:
+        step = trials.proposed
         e = eps[step % len(eps)]
         X, f_acc = trials.data()
         weights = problem.weights
-        if step and np.isfinite(f_acc).all():
+        if len(trials) and np.isfinite(f_acc).all():
             weights = fit_additive(problem, X, problem.to_additive(f_acc))
         best = best_feasible(problem, trials.done, e)
         bound = float(problem.to_additive(e))
@@ -178,9 +233,8 @@ def additive_search(
         if a is None:
             a = random_unseen(problem, trials.seen, step_rng(seed, "all", step))
         if a is None:
-            break
-        trials.evaluate(a)
-    return trials.done
+            return
+        yield a
 
 # %% ../../nbs/tools/303_search_baselines.ipynb #bf9f82f4
 def nsga2_search(
@@ -194,30 +248,45 @@ def nsga2_search(
     population: int = 20,
 ) -> list[Evaluation]:
     "NSGA-II on (cost, f_acc), by pymoo; it ends after 50 generations without a new architecture."
+    trials = Trials(problem, log, "nsga2", seed)
+    proposals = nsga2_proposals(
+        problem, trials, check_grid(eps), seed=seed, initial=initial, population=population
+    )
+    return evaluate_proposals(trials, budget, proposals)
+
+# %% ../../nbs/tools/303_search_baselines.ipynb #0439c73a
+def nsga2_proposals(
+    problem: SearchProblem,
+    trials: Trials,
+    eps: Sequence[float],
+    *,
+    seed: int,
+    initial: int,
+    population: int = 20,
+) -> Proposals:
+    "The architectures of one generation after the other; all of one can be evaluated at once."
     from pymoo.core.evaluator import Evaluator
     from pymoo.problems.static import StaticProblem
 
-    check_grid(eps)
-    trials = Trials(problem, log, "nsga2", seed)
     moo, algorithm = _nsga2(problem.space.counts - 1, population, seed)
+    generated: set[tuple[int, ...]] = set()
     idle = 0
     while idle < 50:
-        before = len(trials)
         infills = algorithm.ask()
         if infills is None or len(infills) == 0:
-            break
+            return
         X = infills.get("X").astype(int)
         violated = ~problem.satisfies_constraints(X)
-        f_acc = []
-        for a, skip in zip(X, violated):
-            if not skip and tuple(a.tolist()) not in trials.seen and len(trials) >= budget:
-                return trials.done
-            f_acc.append(float("nan") if skip else trials.evaluate(a).f_acc)
+        needed = [tuple(a.tolist()) for a in X[~violated]]
+        while missing := [a for a in needed if a not in trials.by_arch]:
+            yield next((a for a in missing if a not in trials.pending), None)
+        f_acc = np.full(len(X), np.nan)
+        f_acc[~violated] = [trials.by_arch[a].f_acc for a in needed]
         F = np.column_stack([problem.costs(X), np.nan_to_num(f_acc, nan=_worst(trials))])
         Evaluator().eval(StaticProblem(moo, F=F, G=violated[:, None].astype(float)), infills)
         algorithm.tell(infills=infills)
-        idle = idle + 1 if len(trials) == before else 0
-    return trials.done
+        idle = 0 if set(needed) - generated else idle + 1
+        generated.update(needed)
 
 
 def _nsga2(largest: np.ndarray, population: int, seed: int):
@@ -265,6 +334,7 @@ def tpe_search(
         trials = Trials(problem, log, "tpe", seed, f"eps={e:.9g}")
         random_state = int(step_rng(seed, trials.run_id[2], 0).integers(2**31))
         study = _tpe_study(random_state, initial)
+        repeated: set[tuple[int, ...]] = set()
         idle = 0
         while idle < 100:  # proposals that repeat known architectures: it has converged
             trial = study.ask()
@@ -273,15 +343,65 @@ def tpe_search(
                 for name, n in zip(problem.space.stages, problem.space.counts.tolist())
             )
             violated = not problem.satisfies_constraints([a])[0]
-            new = not violated and a not in trials.seen
-            if new and len(trials) >= budget:
+            new = not violated and a not in repeated
+            if a not in trials.seen and not violated and len(trials) >= budget:
                 break
+            repeated.add(a)
             f_acc = float("nan") if violated else trials.evaluate(a).f_acc
             trial.set_constraint("f_acc", f_acc - e if np.isfinite(f_acc) else 1e9)
             study.tell(trial, float(problem.costs([a])[0]))
             idle = 0 if new else idle + 1
         evaluations += trials.done
     return evaluations
+
+# %% ../../nbs/tools/303_search_baselines.ipynb #059d3e2b
+def tpe_proposals(
+    problem: SearchProblem,
+    trials: Trials,
+    eps: Sequence[float],  # one value
+    *,
+    seed: int,
+    initial: int,
+) -> Proposals:
+    """Proposals of TPE in a parallel search; pending trials count as bad ones (constant liar).
+
+    The study is built anew from all trials for every proposal, so that all workers propose alike.
+    The sequence therefore differs from that of `tpe_search`.
+    """
+    (e,) = eps
+    attempts = 0
+    while attempts < 100:  # proposals that repeat known architectures: it has converged
+        rng = step_rng(seed, trials.run_id[2], 1000 * attempts + trials.proposed)
+        study = _tpe_study(int(rng.integers(2**31)), initial)
+        study.add_trials([_as_trial(problem, trials, a, e) for a in trials.seen])
+        trial = study.ask()
+        a = tuple(
+            trial.suggest_categorical(name, range(n))
+            for name, n in zip(problem.space.stages, problem.space.counts.tolist())
+        )
+        attempts += 1
+        if a not in trials.seen and problem.satisfies_constraints([a])[0]:
+            attempts = 0
+            yield a
+
+
+def _as_trial(problem: SearchProblem, trials: Trials, a: tuple[int, ...], eps: float):
+    "An evaluated or pending architecture as a trial of optuna."
+    import optuna
+
+    pairs = zip(problem.space.stages, problem.space.counts.tolist())
+    space = {s: optuna.distributions.CategoricalDistribution(range(n)) for s, n in pairs}
+    params = dict(zip(problem.space.stages, a))
+    if a not in trials.by_arch:
+        running = optuna.trial.TrialState.RUNNING
+        return optuna.trial.create_trial(state=running, params=params, distributions=space)
+    f_acc = trials.by_arch[a].f_acc
+    return optuna.trial.create_trial(
+        params=params,
+        distributions=space,
+        value=float(problem.costs([a])[0]),
+        constraints=dict(f_acc=f_acc - eps if np.isfinite(f_acc) else 1e9),
+    )
 
 
 def _tpe_study(seed: int, initial: int):

@@ -12,7 +12,14 @@ import torch
 from scipy.linalg import cho_factor, cho_solve
 from scipy.optimize import minimize
 
-from .log import Evaluation, EvaluationLog, Trials, best_feasible
+from tocsr.search.log import (
+    Evaluation,
+    EvaluationLog,
+    Proposals,
+    Trials,
+    best_feasible,
+    evaluate_proposals,
+)
 from tocsr.search.space import (
     SearchProblem,
     SearchSpace,
@@ -25,7 +32,7 @@ from tocsr.search.space import (
 
 # %% auto #0
 __all__ = ['one_hot', 'fit_gaussian_processes', 'constrained_improvement', 'paper_search', 'bayesian_step',
-           'fit_gaussian_processes_fast', 'negative_log_posterior', 'cached_posterior']
+           'fit_gaussian_processes_fast', 'negative_log_posterior', 'cached_posterior', 'fantasy_improvement']
 
 # %% ../../nbs/tools/302_paper_search.ipynb #eb184cd2
 def one_hot(space: SearchSpace, X) -> torch.Tensor:  # (n, stages) -> (n, sum of options), double
@@ -84,19 +91,35 @@ def paper_search(
         if e == 0 and problem.space.has_teacher:
             continue  # the teacher is the answer
         trials = Trials(problem, log, "paper", seed, f"eps={e:.9g}")
-        for step in range(len(trials), budget):
-            rng = step_rng(seed, trials.run_id[2], step)
-            if step < max(initial, 1) or not np.isfinite(trials.data()[1]).all():
-                a = random_unseen(problem, trials.seen, rng)
-            else:
-                a = bayesian_step(problem, trials, e, rng, fast=fast)
-            if a is None:
-                break  # every architecture is evaluated
-            trials.evaluate(a)
-        evaluations += trials.done
+        proposals = paper_proposals(problem, trials, [e], seed=seed, initial=initial, fast=fast)
+        evaluations += evaluate_proposals(trials, budget, proposals)
     return evaluations
 
+# %% ../../nbs/tools/302_paper_search.ipynb #f827628c
+def paper_proposals(
+    problem: SearchProblem,
+    trials: Trials,
+    eps: Sequence[float],  # one value
+    *,
+    seed: int,
+    initial: int,
+    fast: bool = True,
+) -> Proposals:
+    "Proposals of one run; they end when every architecture is evaluated."
+    (e,) = eps
+    a: tuple[int, ...] | None = ()
+    while a is not None:
+        step = trials.proposed
+        rng = step_rng(seed, trials.run_id[2], step)
+        known = len(trials) and np.isfinite(trials.data()[1]).all()
+        if step < max(initial, 1) or not known:
+            a = random_unseen(problem, trials.seen, rng)
+        else:
+            a = bayesian_step(problem, trials, e, rng, fast=fast)
+        if a is not None:
+            yield a
 
+# %% ../../nbs/tools/302_paper_search.ipynb #0a900cc4
 def bayesian_step(
     problem: SearchProblem,
     trials: Trials,
@@ -108,11 +131,20 @@ def bayesian_step(
     "One iteration of algorithm 1: fit both GPs, maximize the constrained acquisition function."
     space = problem.space
     X, f_acc = trials.data()
-    fit = fit_gaussian_processes_fast if fast else fit_gaussian_processes
-    model = fit(one_hot(space, X), problem.costs(X), f_acc)
+    Z = one_hot(space, X)
+    costs = problem.costs(X)
     best = best_feasible(problem, trials.done, eps)
-    best_cost = best.cost if best.feasible else float(problem.costs(X).max())
-    acquisition = constrained_improvement(model, best_cost, eps)
+    best_cost = best.cost if best.feasible else float(costs.max())
+    if trials.pending:
+        models = [_fit_hyperparameters(_new_gp(Z, y)) for y in (costs, f_acc)]
+        pending = one_hot(space, trials.pending)
+        pending_costs = problem.costs(trials.pending)
+        acquisition = fantasy_improvement(
+            models, pending, pending_costs, best_cost=best_cost, eps=eps, rng=rng
+        )
+    else:
+        fit = fit_gaussian_processes_fast if fast else fit_gaussian_processes
+        acquisition = constrained_improvement(fit(Z, costs, f_acc), best_cost, eps)
     good = ([best.arch] if best.feasible else []) + X[np.argsort(f_acc)][:3].tolist()
     return propose_candidate(
         lambda Y: acquisition(one_hot(space, Y)),
@@ -184,12 +216,19 @@ def negative_log_posterior(
     return value, np.concatenate([by_scale, [by_noise, -alpha.sum()]])
 
 # %% ../../nbs/tools/302_paper_search.ipynb #0892538d
-def cached_posterior(models: list):  # fitted `SingleTaskGP`s
+def cached_posterior(
+    models: list,  # fitted `SingleTaskGP`s
+    Z_new: torch.Tensor | None = None,  # (p, d) further points, with
+    targets: Sequence = (),  # (p,) of every model
+):
     "BoTorch model whose posterior is computed from Cholesky factors that are kept."
     from botorch.models.model import Model
     from botorch.posteriors import TorchPosterior
 
-    outputs = [_posterior_function(m) for m in models]
+    if Z_new is None:
+        outputs = [_posterior_function(m) for m in models]
+    else:
+        outputs = [_posterior_function(m, Z_new, y) for m, y in zip(models, targets)]
 
     class CachedPosterior(Model):
         num_outputs = len(outputs)
@@ -204,9 +243,13 @@ def cached_posterior(models: list):  # fitted `SingleTaskGP`s
     return CachedPosterior()
 
 
-def _posterior_function(model) -> Callable:
-    "Mean and variance (m,) of a fitted `SingleTaskGP` at points (m, d), in units of its target."
+def _posterior_function(model, Z_new=None, y_new=None) -> Callable:
+    """Mean and variance (m,) of a fitted `SingleTaskGP` at points (m, d), in units of its target.
+
+    Further observations change the posterior, but neither hyperparameters nor standardization.
+    """
     Z = model.train_inputs[0]
+    targets = model.train_targets
     scale = model.covar_module.lengthscale.detach().ravel()
     noise = model.likelihood.noise.detach()
     constant = model.mean_module.constant.detach()
@@ -216,8 +259,11 @@ def _posterior_function(model) -> Callable:
     def kernel(A, B):
         return torch.exp(-0.5 * torch.cdist(A / scale, B / scale).square())
 
+    if Z_new is not None:
+        Z = torch.cat([Z, Z_new])
+        targets = torch.cat([targets, (torch.as_tensor(y_new).to(mean) - mean) / sd])
     L = torch.linalg.cholesky(kernel(Z, Z) + noise * torch.eye(len(Z)).to(Z))
-    alpha = torch.cholesky_solve((model.train_targets - constant)[:, None], L)
+    alpha = torch.cholesky_solve((targets - constant)[:, None], L)
 
     def posterior(X: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         k = kernel(X, Z)
@@ -225,3 +271,35 @@ def _posterior_function(model) -> Callable:
         return mean + sd * (constant + (k @ alpha)[:, 0]), sd**2 * (1 - explained).clamp_min(0)
 
     return posterior
+
+# %% ../../nbs/tools/302_paper_search.ipynb #ac4c117c
+def fantasy_improvement(
+    models: list,  # fitted `SingleTaskGP`s of cost and f_acc
+    Z: torch.Tensor,  # (p, d) pending points
+    costs: np.ndarray,  # (p,) their costs
+    *,
+    best_cost: float,
+    eps: float,
+    rng: np.random.Generator,
+    draws: int = 8,
+) -> Callable:
+    """Logarithm of the constrained improvement, averaged over draws of f_acc of pending points.
+
+    A function (n, d) -> (n,).
+    """
+    with torch.no_grad():
+        normal = models[1].posterior(Z).distribution
+        jitter = 1e-9 * torch.eye(len(Z)).to(Z)
+        root = torch.linalg.cholesky(normal.covariance_matrix + jitter)
+        f_acc = normal.mean + torch.as_tensor(rng.standard_normal((draws, len(Z)))) @ root.T
+    scores = []
+    for y in f_acc:
+        reached = np.asarray(costs)[y.numpy() <= eps].min(initial=best_cost)
+        model = cached_posterior(models, Z, (costs, y))
+        scores.append(constrained_improvement(model, float(reached), eps))
+
+    def score(points: torch.Tensor) -> np.ndarray:
+        values = np.stack([s(points) for s in scores])
+        return np.logaddexp.reduce(values, axis=0) - np.log(draws)
+
+    return score

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from ..core.append_log import AppendOnlyLog, LogError
 from .space import SearchError, SearchProblem, check_grid
 
 # %% auto #0
-__all__ = ['Evaluation', 'EvaluationLog', 'Trials', 'Incumbent', 'best_feasible']
+__all__ = ['Proposals', 'Evaluation', 'EvaluationLog', 'Trials', 'evaluate_proposals', 'Incumbent', 'best_feasible']
 
 # %% ../../nbs/tools/301_search_log.ipynb #2c55030e
 @dataclass(frozen=True)
@@ -59,8 +59,17 @@ class EvaluationLog:
             self.known.setdefault(e.arch, (e.f_acc, e.error))
 
     def append(self, e: Evaluation) -> None:
-        "Add `e`: first to the file, then in memory."
-        self.log.append(e.to_record())
+        "Add `e`: first to the file, then in memory, after what other processes have added."
+        for record in self.log.append(e.to_record()):
+            self._add(Evaluation.from_record(record))
+        self._add(e)
+
+    def refresh(self) -> None:
+        "Read what other processes have added."
+        for record in self.log.refresh():
+            self._add(Evaluation.from_record(record))
+
+    def _add(self, e: Evaluation) -> None:
         self.evaluations.append(e)
         self.known.setdefault(e.arch, (e.f_acc, e.error))
 
@@ -79,16 +88,32 @@ class Trials:
         self.problem = problem
         self.log = EvaluationLog() if log is None else log
         self.run_id = (method, seed, run)
-        self.done = [e for e in self.log.evaluations if (e.method, e.seed, e.run) == self.run_id]
-        self.by_arch = {e.arch: e for e in self.done}
+        self.done: list[Evaluation] = []
+        self.by_arch: dict[tuple[int, ...], Evaluation] = {}
+        self.pending: list[tuple[int, ...]] = []  # proposed, but not evaluated yet
+        self._read = 0  # entries of the log
+        self.refresh()
+
+    def refresh(self) -> None:
+        "Read what this run has in the log."
+        for e in self.log.evaluations[self._read :]:
+            if (e.method, e.seed, e.run) == self.run_id and e.arch not in self.by_arch:
+                self.done.append(e)
+                self.by_arch[e.arch] = e
+        self._read = len(self.log.evaluations)
 
     def __len__(self) -> int:
         return len(self.done)
 
     @property
+    def proposed(self) -> int:
+        "Number of evaluated and pending vectors: the step of the next proposal."
+        return len(self.done) + len(self.pending)
+
+    @property
     def seen(self):
-        "Vectors that this run has evaluated."
-        return self.by_arch.keys()
+        "Vectors that this run has evaluated, or that are pending."
+        return self.by_arch.keys() | set(self.pending) if self.pending else self.by_arch.keys()
 
     def evaluate(self, a: Sequence[int]) -> Evaluation:
         "Evaluate `a`; a vector that this run already has is not counted again."
@@ -101,8 +126,13 @@ class Trials:
         else:
             start = time.perf_counter()
             f_acc, error = self.problem.evaluate(a)
+            if error:
+                f_acc, error = self.problem.evaluate(a)
             seconds = round(time.perf_counter() - start, 4)
-        cost = float(self.problem.costs([a])[0])
+        return self.record(a, f_acc, error, seconds)
+
+    def record(self, a: tuple[int, ...], f_acc: float, error: str, seconds: float) -> Evaluation:
+        "Count an evaluation of `a`, that is measured, for this run."
         method, seed, run = self.run_id
         e = Evaluation(
             method=method,
@@ -110,15 +140,14 @@ class Trials:
             run=run,
             step=len(self),
             arch=a,
-            cost=cost,
+            cost=float(self.problem.costs([a])[0]),
             f_acc=f_acc,
             error=error,
             seconds=seconds,
         )
         self.log.append(e)
-        self.done.append(e)
-        self.by_arch[a] = e
-        return e
+        self.refresh()
+        return self.by_arch[a]
 
     def data(self) -> tuple[np.ndarray, np.ndarray]:  # (n, stages), (n,)
         """Vectors and f_acc for a model.
@@ -129,6 +158,20 @@ class Trials:
         f_acc = np.array([e.f_acc for e in self.done])
         worst = np.nanmax(f_acc) if np.isfinite(f_acc).any() else np.nan
         return X, np.where(np.isfinite(f_acc), f_acc, worst)
+
+
+# Proposals of a method for one run, in order. None: nothing before a pending evaluation returns.
+Proposals = Iterator[tuple[int, ...] | None]
+
+
+def evaluate_proposals(trials: Trials, budget: int, proposals: Proposals) -> list[Evaluation]:
+    "Evaluate one proposal after the other, until `budget` evaluations are counted."
+    while len(trials) < budget:
+        a = next(proposals, None)
+        if a is None:
+            break
+        trials.evaluate(a)
+    return trials.done
 
 # %% ../../nbs/tools/301_search_log.ipynb #2dd57f7a
 @dataclass(frozen=True)

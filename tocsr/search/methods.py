@@ -10,16 +10,21 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 from tocsr.search.baselines import (
+    additive_proposals,
     additive_search,
+    greedy_proposals,
     greedy_search,
+    nsga2_proposals,
     nsga2_search,
+    random_proposals,
     random_search,
+    tpe_proposals,
     tpe_search,
 )
-from .bayesian import paper_search
-from .log import Evaluation, EvaluationLog
+from .bayesian import paper_proposals, paper_search
+from .log import Evaluation, EvaluationLog, Proposals
 from .space import SearchError, SearchProblem, check_grid
-from .structured import structured_search
+from .structured import structured_proposals, structured_search
 
 # %% auto #0
 __all__ = ['SEARCH_METHODS', 'SearchMethod', 'register_search_method', 'get_search_method', 'run_method']
@@ -39,6 +44,8 @@ class SearchMethod:
     slow: bool = False  # fits a model from scratch at every step: fewer seeds in the comparison
     live: bool = False  # takes part in stage `search`, where an evaluation runs a network
     requires: str = ""  # package from the extra `search`
+    # (problem, trials, eps, *, seed, initial) -> proposals of one run; None: not in parallel
+    propose: Callable[..., Proposals] | None = None
 
     @property
     def unavailable(self) -> str:
@@ -88,6 +95,7 @@ for _method in (
         name="structured",
         title="ours",
         run=structured_search,
+        propose=structured_proposals,
         color="#0072B2",
         shares_grid=True,
         live=True,
@@ -96,6 +104,7 @@ for _method in (
         name="paper",
         title="paper (GP per eps)",
         run=paper_search,
+        propose=paper_proposals,
         color="#767676",
         per_eps=True,
         slow=True,
@@ -105,6 +114,7 @@ for _method in (
         name="additive",
         title="additive MILP",
         run=additive_search,
+        propose=additive_proposals,
         color="#009E73",
         shares_grid=True,
         live=True,
@@ -113,18 +123,32 @@ for _method in (
         name="greedy",
         title="greedy",
         run=greedy_search,
+        propose=greedy_proposals,
         color="#E69F00",
         shares_grid=True,
         live=True,
     ),
-    SearchMethod(name="random", title="random", run=random_search, color="#CC79A7", live=True),
     SearchMethod(
-        name="nsga2", title="NSGA-II", run=nsga2_search, color="#D55E00", requires="pymoo"
+        name="random",
+        title="random",
+        run=random_search,
+        propose=random_proposals,
+        color="#CC79A7",
+        live=True,
+    ),
+    SearchMethod(
+        name="nsga2",
+        title="NSGA-II",
+        run=nsga2_search,
+        propose=nsga2_proposals,
+        color="#D55E00",
+        requires="pymoo",
     ),
     SearchMethod(
         name="tpe",
         title="TPE",
         run=tpe_search,
+        propose=tpe_proposals,
         color="#56B4E9",
         per_eps=True,
         slow=True,

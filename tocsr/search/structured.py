@@ -12,7 +12,14 @@ from scipy.linalg import cho_factor, cho_solve
 from scipy.optimize import minimize
 from scipy.special import log_ndtr
 
-from .log import Evaluation, EvaluationLog, Trials, best_feasible
+from tocsr.search.log import (
+    Evaluation,
+    EvaluationLog,
+    Proposals,
+    Trials,
+    best_feasible,
+    evaluate_proposals,
+)
 from tocsr.search.space import (
     SearchProblem,
     check_grid,
@@ -27,7 +34,7 @@ from tocsr.search.space import (
 
 # %% auto #0
 __all__ = ['AMPLITUDES', 'LOG_SD', 'covariance', 'negative_log_posterior', 'fit_amplitudes', 'StructuredGP',
-           'lagrangian_relaxation', 'structured_step', 'structured_search']
+           'lagrangian_relaxation', 'structured_step', 'structured_search', 'structured_proposals']
 
 # %% ../../nbs/tools/304_structured_search.ipynb #de261e5e
 AMPLITUDES = np.array([1.0, 0.7, 0.5, 0.3, 0.15, 0.08, 0.03])  # prior medians: six terms, noise
@@ -122,6 +129,7 @@ class StructuredGP:
         for i in range(passes):
             self.F = self.features(X)
             y = np.log(u) - self.mean(X)
+            self.y = y
             K = self.terms(self.F, self.F)
             self.amplitudes = fit_amplitudes(K, y)
             self.L = cho_factor(covariance(K, self.amplitudes), lower=True)
@@ -133,8 +141,27 @@ class StructuredGP:
         self.weights = self.w0 * np.exp(correction + self.amplitudes[0] ** 2 * self.alpha.sum())
         return self
 
+    def draw_pending(self, X: np.ndarray, rng: np.random.Generator, draws: int) -> np.ndarray:
+        """Draw log u of pending vectors (p, S) from the posterior: (draws, p).
+
+        The draws join the data, so that `predict` returns a mean for every one of them.
+        """
+        G = self.features(X)
+        k = np.tensordot(self.amplitudes[:6] ** 2, self.terms(G, self.F), 1)
+        prior = covariance(self.terms(G, G), self.amplitudes)
+        root = np.linalg.cholesky(prior - k @ cho_solve(self.L, k.T))
+        y = k @ self.alpha + rng.standard_normal((draws, len(X))) @ root.T
+        self.F = tuple(np.concatenate(pair) for pair in zip(self.F, G))
+        self.L = cho_factor(covariance(self.terms(self.F, self.F), self.amplitudes), lower=True)
+        known = np.repeat(self.y[None], draws, axis=0)
+        self.alpha = cho_solve(self.L, np.concatenate([known, y], axis=1).T)
+        return self.mean(X) + y
+
     def predict(self, X: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # (n, S) -> (n,), (n,)
-        "Mean and standard deviation (noise included) of log u."
+        """Mean and standard deviation (noise included) of log u.
+
+        After `draw_pending` the mean is (draws, n).
+        """
         a2 = self.amplitudes**2
         G = self.features(X)
         k = np.tensordot(a2[:6], self.terms(G, self.F), 1)
@@ -142,7 +169,7 @@ class StructuredGP:
         e2 = (G[3] ** 2).sum(1)
         prior = a2[0] + a2[1] * r2 + (a2[2] + a2[3]) * e2 + a2[4] * (1 - r2) / 2 + a2[5] + a2[6]
         variance = prior - (k * cho_solve(self.L, k.T).T).sum(1)
-        return self.mean(X) + k @ self.alpha, np.sqrt(np.maximum(variance, 1e-12))
+        return self.mean(X) + (k @ self.alpha).T, np.sqrt(np.maximum(variance, 1e-12))
 
 # %% ../../nbs/tools/304_structured_search.ipynb #779d4f56
 def lagrangian_relaxation(
@@ -190,13 +217,21 @@ def structured_step(
     bounds = np.array([float(problem.to_additive(e)) for e in eps])
     largest = problem.costs.offset + np.nanmax(problem.costs.table, axis=1).sum()
     best_cost = np.array([b.cost if b.feasible else largest for b in best])
+    log_bounds = np.log(np.maximum(bounds, 1e-12))
+    if trials.pending:
+        P = np.array(trials.pending)
+        log_u = gp.draw_pending(P, rng, draws=16)
+        reached = np.where(log_u[..., None] <= log_bounds, problem.costs(P)[:, None], np.inf)
+        best_cost = np.minimum(best_cost, reached.min(axis=1))  # (draws, len(eps))
 
-    def score(Y: np.ndarray) -> np.ndarray:  # logarithm of the sum over eps
+    def score(Y: np.ndarray) -> np.ndarray:  # logarithm of the sum over eps and draws
         mu, sd = gp.predict(Y)
-        gain = np.maximum(1 - problem.costs(Y)[:, None] / best_cost, 0)
-        z = (np.log(np.maximum(bounds, 1e-12)) - mu[:, None]) / sd[:, None]
+        mu, gain_bound = np.atleast_2d(mu), np.atleast_2d(best_cost)
+        gain = np.maximum(1 - problem.costs(Y)[:, None] / gain_bound[:, None], 0)
+        z = (log_bounds - mu[..., None]) / sd[:, None]
         with np.errstate(divide="ignore"):
-            return np.logaddexp.reduce(np.log(gain) + log_ndtr(z), axis=1)
+            by_draw = np.logaddexp.reduce(np.log(gain) + log_ndtr(z), axis=2)
+        return np.logaddexp.reduce(by_draw, axis=0)
 
     relaxed = [factor * bound for bound in bounds for factor in (0.8, 1.0, 1.3)]
     seeds = [b.arch for b in best if b.feasible]
@@ -230,23 +265,41 @@ def structured_search(
     initial: int = 0,  # not used: the initial design is not random
 ) -> list[Evaluation]:
     "Ours: one run for the whole grid by a GP that contains the additive model."
-    eps = [e for e in check_grid(eps) if e > 0 or not problem.space.has_teacher]
     trials = Trials(problem, log, "structured", seed)
+    proposals = structured_proposals(problem, trials, check_grid(eps), seed=seed, initial=initial)
+    return evaluate_proposals(trials, budget, proposals)
+
+
+def structured_proposals(
+    problem: SearchProblem, trials: Trials, eps: Sequence[float], *, seed: int, initial: int
+) -> Proposals:
+    "Three solutions of the additive model, then `structured_step`; at random while all else fails."
+    eps = [e for e in eps if e > 0 or not problem.space.has_teacher]
     if not eps:
-        return []
+        return
     bounds = [max(float(problem.to_additive(e)), 1e-9) for e in eps]
     middle = float(np.exp(np.mean(np.log(bounds))))
     design = lagrangian_relaxation(problem, problem.weights, [middle, 2.5 * middle, 0.4 * middle])
     design = list(dict.fromkeys(design))
-    for step in range(len(trials), budget):
+    while True:
+        step = trials.proposed
         rng = step_rng(seed, "all", step)
         if step < len(design):
             a = design[step]
-        elif step and (np.nan_to_num(trials.data()[1]) > 0).any():
+        elif (np.nan_to_num(trials.data()[1]) > 0).any():
             a = structured_step(problem, trials, eps, rng)
         else:
-            a = random_unseen(problem, trials.seen, rng)
+            a = _unseen_relaxation(problem, trials, bounds)
+            a = random_unseen(problem, trials.seen, rng) if a is None else a
         if a is None:
-            break
-        trials.evaluate(a)
-    return trials.done
+            return
+        yield a
+
+
+def _unseen_relaxation(problem: SearchProblem, trials: Trials, bounds: Sequence[float]):
+    "While nothing is evaluated yet: a further solution of the additive model, or None."
+    if not trials.pending or len(trials):
+        return None
+    further = [factor * b for factor in (1.0, 0.6, 1.6, 0.3) for b in bounds]
+    found = lagrangian_relaxation(problem, problem.weights, further)
+    return next((a for a in found if a not in trials.seen), None)

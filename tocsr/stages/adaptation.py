@@ -8,7 +8,9 @@ from __future__ import annotations
 import math
 import os
 import time
+from functools import partial
 from itertools import product
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -21,8 +23,10 @@ from ..core.runtime import pick_device
 from ..core.store import Artifact, Run, TrainOptions, stage
 from ..core.training import fit, step_generator
 from ..data.images import load_photos
-from ..data.pairs import PairPool, heldout_pairs, make_pairs
-from ..evaluation.held_out import summarize_metrics
+from ..data.pair_streams import FreshPairs, as_stream, fresh_pairs
+from ..data.pairs import PairPool, make_pairs
+from ..evaluation.held_out import SHOWN, HeldOutPairs, Measured, measure_methods
+from ..evaluation.metrics import summarize_values
 from ..models.autoencoder import LatentAutoencoder
 from ..models.diffusion import diffusion_loss, uniform_timesteps
 from tocsr.models.generator import (
@@ -38,32 +42,30 @@ from .expansion import load_teacher
 from .finetune import load_compact
 
 # %% auto #0
-__all__ = ['SR_VARIANTS', 'train_multistep', 'load_multistep', 'load_pair_pool', 'run_adapt']
+__all__ = ['SR_VARIANTS', 'SCALE_PAIRS', 'train_multistep', 'load_multistep', 'load_pair_pool', 'run_adapt']
 
 # %% ../../nbs/04_adapt.ipynb #f01c2f7c
 def train_multistep(
     model: SRModel,  # its UNet has condition channels; changed in place
-    pool: PairPool,
+    pairs: PairPool | FreshPairs,
     cfg: AdaptConfig,
     options: TrainOptions,
 ) -> list[dict]:  # loss of every step
     "Algorithm S3: minimize L_SR = E |eps - eps_theta(z_t, t, z_l)|^2 (eq. 21)."
     scheduler = model.scheduler
+    stream = as_stream(pairs)
 
     def make_batch(step):
         generator = step_generator(options.seed, step)
-        indices = torch.randint(len(pool), (cfg.batch,), generator=generator)
-        pair = pool.batch(indices)  # z_h = E(x_h), z_l = E(Upsample(x_l))
-        z_0 = model.target(pair.z_h, pair.z_l)  # the paper: z_h
-        t = uniform_timesteps(cfg.batch, generator, scheduler)
-        noise = torch.randn(z_0.shape, generator=generator)
-        return dict(z_0=z_0, z_l=pair.z_l, t=t, noise=noise)
+        batch = stream.draw(step, cfg.batch, generator)
+        batch["t"] = uniform_timesteps(cfg.batch, generator, scheduler)
+        batch["noise"] = torch.randn(stream.latent_shape(batch), generator=generator)
+        return batch
 
     def loss(step, networks, batch):
-        z_0 = batch["z_0"]
-        t = batch["t"]
-        noise = batch["noise"]
-        return diffusion_loss(networks["unet"], z_0, t, noise, scheduler, batch["z_l"])
+        z_h, z_l = stream.latents(batch)  # z_h = E(x_h), z_l = E(Upsample(x_l))
+        z_0 = model.target(z_h, z_l)  # the paper: z_h
+        return diffusion_loss(networks["unet"], z_0, batch["t"], batch["noise"], scheduler, z_l)
 
     return fit(
         dict(unet=model.unet),
@@ -82,37 +84,39 @@ def evaluate_sampling(
     vae: LatentAutoencoder,
     p: Profile,
     side: int,  # of the held-out crops, HR pixels
+    folder: str | Path,  # of `measure_methods`
 ) -> tuple[list[dict], dict[str, Tensor]]:
     "Rows by model, start and number of DDIM steps; images (<= 4, 3, h, w) of the first crops."
-    hr, lr = heldout_pairs(p, side, vae.factor)
+    pairs = HeldOutPairs(p, side, vae.factor)
     scale = p.data.scale
     device = pick_device(p.device)
-    bicubic = upsample(lr, scale)
+    common = dict(scale=scale, seed=p.seed, device=device)
+    settings = list(product(models, ("noise", "matched"), p.adapt.sample_steps))
+    upscalers = {"bicubic": lambda lr, indices: upsample(lr, scale)}
+    for name, start, steps in settings:
+        upscalers[f"{image_label(name, steps)}, {start}"] = partial(
+            sample_sr, models[name], vae, steps=steps, start=start, **common
+        )
+    measured = measure_methods(upscalers, pairs, ("psnry", "ssim"), folder, device=device)
+    first = [pairs.pair(i) for i in range(min(SHOWN, len(pairs)))]
+    hr = torch.cat([hr for hr, _ in first])
+    images = dict(LR=torch.cat([lr for _, lr in first]), bicubic=measured["bicubic"].images)
     multiple = math.lcm(scale, vae.factor)
     sizes = dict(trained_px=p.data.patch // multiple * multiple, evaluated_px=hr.shape[-1])
-    rows = [
-        dict(
-            model="bicubic",
-            steps=0,
-            start="",
-            trained_px="none",
-            evaluated_px=hr.shape[-1],
-            seconds=None,
-        )
-    ]
-    rows[0] |= summarize_metrics(bicubic, hr, scale)
-    images = dict(LR=lr[:4], bicubic=bicubic[:4])
-    for name, start, steps in product(models, ("noise", "matched"), p.adapt.sample_steps):
-        begin = time.perf_counter()
-        sr = sample_sr(
-            models[name], vae, lr, steps, scale=scale, seed=p.seed, start=start, device=device
-        )
-        seconds = (time.perf_counter() - begin) / len(lr)
-        row = dict(model=name, steps=steps, start=start, **sizes, seconds=seconds)
-        rows.append(row | summarize_metrics(sr, hr, scale))
+    rows = [dict(model="bicubic", steps=0, start="", **sizes, seconds=None)]
+    rows[0] |= dict(trained_px="none") | _means(measured["bicubic"])
+    for name, start, steps in settings:
+        found = measured[f"{image_label(name, steps)}, {start}"]
+        row = dict(model=name, steps=steps, start=start, **sizes, seconds=found.seconds)
+        rows.append(row | _means(found))
         if start == "noise":
-            images[image_label(name, steps)] = sr[:4]
-    return rows, images | dict(HR=hr[:4])
+            images[image_label(name, steps)] = found.images
+    return rows, images | dict(HR=hr)
+
+
+def _means(measured: Measured) -> dict:
+    "Mean and interval of every metric."
+    return {name: summarize_values(values) for name, values in measured.values.items()}
 
 
 def image_label(name: str, steps: int) -> str:
@@ -122,6 +126,7 @@ def image_label(name: str, steps: int) -> str:
 # %% ../../nbs/04_adapt.ipynb #505e145b
 # variant -> what it diffuses
 SR_VARIANTS = dict(ours="residual", paper="latent", teacher="residual")
+SCALE_PAIRS = 512  # that the scale of the residual is measured on
 
 
 def load_multistep(
@@ -135,8 +140,38 @@ def load_multistep(
 
 
 def load_pair_pool(artifact: Artifact) -> PairPool:
-    "The training pairs of the stage."
+    "The training pairs of the stage. Raises `StoreError` where it drew new ones at every step."
+    if not artifact.results["pairs"]:
+        raise StoreError(
+            f"{artifact.path} has no pool of pairs: stage adapt drew new ones at every step; set "
+            "adapt.fresh_pairs=False, or onestep.fresh_noise=True"
+        )
     return PairPool(artifact.path / "pool")
+
+
+def _check_variants(names: tuple[str, ...]):
+    "Raise `ValueError` unless `names` are some of `SR_VARIANTS`."
+    if not names or set(names) - set(SR_VARIANTS):
+        raise ValueError(f"adapt.variants: {names!r}; choose from {', '.join(SR_VARIANTS)}")
+
+
+def _training_pairs(run: Run, vae: LatentAutoencoder) -> PairPool | FreshPairs:
+    "New pairs at every step, or a pool that is written now."
+    p = run.profile
+    if p.adapt.fresh_pairs:
+        run.log("new pairs at every step")
+        return fresh_pairs(p, vae)
+    return make_pairs(
+        run.scratch / "pool",
+        vae,
+        load_photos(p.data).split("train"),
+        p.adapt.pool,
+        degradation=p.adapt.degradation,
+        patch=p.data.patch,
+        scale=p.data.scale,
+        seed=p.seed + 1,
+        device=str(pick_device(p.device)),
+    )
 
 
 @stage("adapt", upstream=("teacher", "compact"), config=lambda p: (p.adapt, p.eval))
@@ -144,50 +179,46 @@ def run_adapt(run: Run) -> dict:
     "Train the multi-step models (algorithm S3); evaluate them by crop size and DDIM steps."
     p = run.profile
     cfg = p.adapt
+    _check_variants(cfg.variants)
     teacher = load_teacher(run.inputs["teacher"])
     vae = teacher.vae
     compact, scheduler = load_compact(run.inputs["compact"])
     backbones = dict(ours=compact, paper=compact, teacher=split_into_stages(teacher.unet))
     begin = time.perf_counter()
-    pool = make_pairs(
-        run.scratch / "pool",
-        vae,
-        load_photos(p.data).split("train"),
-        cfg.pool,
-        degradation=cfg.degradation,
-        patch=p.data.patch,
-        scale=p.data.scale,
-        seed=p.seed + 1,
-        device=str(pick_device(p.device)),
-    )
+    pairs = _training_pairs(run, vae)
     pairs_s = time.perf_counter() - begin
-    run.log(f"{len(pool)} pairs in {pairs_s:.0f} s; {cfg.steps} steps each")
+    run.log(f"pairs in {pairs_s:.0f} s; {cfg.steps} steps each")
     models = {}
     curves = {}
     seconds = {}
-    measured = pool.first(512)
-    for name, target in SR_VARIANTS.items():
+    residual = any(SR_VARIANTS[name] == "residual" for name in cfg.variants)
+    measured = pairs.first(SCALE_PAIRS if residual else 1)
+    for name in cfg.variants:
         begin = time.perf_counter()
+        target = SR_VARIANTS[name]
         unet = add_condition_channels(backbones[name], vae.channels)
         models[name] = make_sr_model(
             unet, scheduler, target=target, z_h=measured.z_h, z_l=measured.z_l
         )
         run.log(f"{name}: {target}")
-        curve = train_multistep(models[name], pool, cfg, run.training(name))
+        curve = train_multistep(models[name], pairs, cfg, run.training(name))
         curves[name] = [record["loss"] for record in curve]
         save_sr_model(run.dir / name, models[name])
         seconds[name] = time.perf_counter() - begin
-    rows, images = evaluate_sampling(models, vae, p, p.eval.crop)
+    vae.to("cpu")
+    folder = run.scratch / "evaluation"
+    rows, images = evaluate_sampling(models, vae, p, p.eval.crop, folder / "crop")
     if p.data.patch != p.eval.crop:
-        rows = evaluate_sampling(models, vae, p, p.data.patch)[0] + rows
+        rows = evaluate_sampling(models, vae, p, p.data.patch, folder / "patch")[0] + rows
     save_weights(run.dir / "images.safetensors", images)
-    if rank() == 0:
+    if rank() == 0 and not cfg.fresh_pairs:
         os.replace(run.scratch / "pool", run.dir / "pool")  # one pool, written by all processes
     return dict(
         rows=rows,
         loss=curves,
+        variants=list(cfg.variants),
         degradation=cfg.degradation,
-        pairs=len(pool),
+        pairs=0 if cfg.fresh_pairs else len(pairs),
         pairs_s=pairs_s,
         train_s=seconds,
     )

@@ -7,26 +7,32 @@ from __future__ import annotations
 
 import csv
 import json
-import time
 from pathlib import Path
 
 import numpy as np
 
 from ..core.append_log import AppendOnlyLog
 from ..core.config import SearchConfig
+from ..core.distributed import run_on_main, world_size
 from ..core.files import write_atomic
 from ..core.fingerprint import config_hash
+from ..core.runtime import pick_device
 from ..core.store import Artifact, Run, stage
 from ..models.architecture import PAPER_ARCHITECTURE, TEXT_FREE_PAPER_ARCHITECTURE
 from ..models.complexity import count_params
+from ..models.surrogates import assemble
 from ..search.log import Evaluation, EvaluationLog, best_feasible
-from ..search.methods import SEARCH_METHODS, run_method
+from ..search.methods import SEARCH_METHODS
 from ..search.network import as_architecture, as_vector
+from ..search.parallel import count_workers, run_searches
 from ..search.space import SearchError, SearchProblem, check_grid
-from .search_inputs import load_search_problem
+from .compact_study import frechet_distances, sample_images
+from .expansion import load_teacher
+from .search_inputs import SearchInputs, load_search_problem
 
 # %% auto #0
-__all__ = ['epsilon_unit', 'front_rows', 'choose_architecture', 'run_search', 'load_evaluations', 'table_s6']
+__all__ = ['SELECTIONS', 'epsilon_unit', 'front_rows', 'choose_architecture', 'run_search', 'candidate_distances',
+           'load_evaluations']
 
 # %% ../../nbs/03_search.ipynb #1ef80896
 def epsilon_unit(problem: SearchProblem, cfg: SearchConfig) -> float:
@@ -64,63 +70,117 @@ def front_rows(
     return rows
 
 
-def choose_architecture(rows: list[dict], budget: float, method: str) -> dict:
-    "Architecture of `method` nearest to `budget` parameters, within it where possible."
+SELECTIONS = ("within_budget", "nearest")
+
+
+def choose_architecture(
+    rows: list[dict],  # of `front_rows`
+    budget: float,  # parameters
+    method: str,
+    select: str = "within_budget",  # one of `SELECTIONS`
+) -> dict:
+    """Architecture of `method` nearest to `budget` parameters.
+
+    "within_budget" (ours) prefers those within the budget, "nearest" (the paper's main text) takes
+    the nearest on either side. Raises `SearchError` for another selection and without candidates.
+    """
+    if select not in SELECTIONS:
+        raise SearchError(f"search.select: {select!r}; choose one of {', '.join(SELECTIONS)}")
     rows = [r for r in rows if r["method"] == method and r["feasible"]]
     if not rows:
         raise SearchError(
             f"{method} found no feasible architecture for any eps; add larger eps to `search.eps`"
         )
     within = [r for r in rows if r["params"] <= budget]
-    best = min(within or rows, key=lambda r: (abs(np.log(r["params"] / budget)), r["f_acc"]))
+    candidates = within or rows if select == "within_budget" else rows
+    best = min(candidates, key=lambda r: (abs(np.log(r["params"] / budget)), r["f_acc"]))
     note = ""
     if not within:
         note = (
             f"no architecture of the grid is within {budget:.0f} parameters; this is the nearest. "
             "Larger eps would allow smaller ones"
         )
-    return best | dict(budget=budget, within_budget=bool(within), note=note)
+    own = dict(budget=budget, select=select, within_budget=best["params"] <= budget, note=note)
+    return best | own
 
 # %% ../../nbs/03_search.ipynb #ec19acbe
 @stage(
     "search",
     upstream=("teacher", "surrogates"),
-    config=lambda p: (p.search, p.surrogates.calibration_share, p.seed),
-    main_process_only=True,
+    config=lambda p: (p.search, p.surrogates.calibration_share, p.ablations, p.seed),
 )
 def run_search(run: Run) -> dict:
     "Algorithm 1, the baselines and ours on the network's space; returns the chosen architecture."
     cfg = run.profile.search
     seed = run.profile.seed
     problem, inputs = load_search_problem(run.profile, run.inputs)
-    unit = epsilon_unit(problem, cfg)
+    unit = run_on_main(lambda: epsilon_unit(problem, cfg))
     grid = [e * unit for e in check_grid(cfg.eps)]
     budget = cfg.iterations * len(grid)
     signature = (problem.space.stages, inputs.library.teacher_hash, run.inputs["surrogates"].key)
-    log = EvaluationLog(run.scratch / "evaluations.jsonl", config_hash(*signature, cfg, seed))
-    run.log(f"{problem.space.size} architectures; {budget} evaluations per method")
+    workers = count_workers(cfg.parallel, world_size())
+    run.log(
+        f"{problem.space.size} architectures; {budget} evaluations per method, {workers} at a time"
+    )
+    compared = [m.name for m in SEARCH_METHODS.values() if m.live]
+    log, found = run_searches(
+        compared if run.profile.ablations else (cfg.method,),
+        problem,
+        grid,
+        budget,
+        path=run.scratch / "evaluations.jsonl",
+        signature=config_hash(*signature, cfg, seed),
+        seed=seed,
+        initial=min(cfg.initial, cfg.iterations),
+        parallel=cfg.parallel,
+    )
     rows = []
     counted = {}
-    for name in [m.name for m in SEARCH_METHODS.values() if m.live]:
-        start = time.perf_counter()
-        initial = min(cfg.initial, cfg.iterations)
-        done = run_method(name, problem, grid, budget, seed=seed, log=log, initial=initial)
+    for name, done in found.items():
         counted[name] = len(done)
         rows += front_rows(problem, name, done, cfg.eps, unit)
-        run.log(f"{name}: {len(done)} evaluations, {time.perf_counter() - start:.0f} s")
+        run.log(f"{name}: {len(done)} evaluations, {sum(e.seconds for e in done):.0f} s of f_acc")
     if not any(np.isfinite(e.f_acc) for e in log.evaluations):
         raise SearchError(f"every evaluation failed; the first: {log.evaluations[0].error}")
     teacher_params = count_params(inputs.teacher)
     _write_evaluations(run.dir, log, rows)
+    reference = _reference(problem, teacher_params)
+    candidates = [r["architecture"] for r in rows if r["method"] in ("paper", cfg.method)]
     return dict(
         space=problem.space.size,
         unit=unit,
         teacher_params=teacher_params,
         front=rows,
-        chosen=choose_architecture(rows, teacher_params / cfg.target_ratio, cfg.method),
-        reference=_reference(problem, teacher_params),
+        chosen=choose_architecture(rows, teacher_params / cfg.target_ratio, cfg.method, cfg.select),
+        reference=reference,
+        frechet=candidate_distances(run, inputs, candidates),
         counts=_counts(problem, log, counted),
     )
+
+
+def candidate_distances(
+    run: Run, inputs: SearchInputs, architectures: list[str | None]
+) -> dict[str, dict[str, float | str]]:  # architecture -> metric -> distance; {} without samples
+    """Frechet distances of candidates' samples to the teacher's from the same noise (table S6).
+
+    The candidates are assembled from the library and not fine-tuned.
+    """
+    p = run.profile
+    cfg = p.search
+    if not cfg.samples:
+        return {}
+    vae = load_teacher(run.inputs["teacher"]).vae
+    device = pick_device(p.device)
+    side = inputs.latents.shape[-1]
+    options = dict(n=cfg.samples, side=side, steps=cfg.sample_steps, seed=p.seed + 7)
+    images = {}
+    for a in dict.fromkeys(filter(None, architectures)):
+        net = assemble(inputs.teacher, inputs.library, a)
+        images[a] = sample_images(net, vae.to(device), inputs.schedule, device=device, **options)
+    teacher = sample_images(
+        inputs.teacher, vae.to(device), inputs.schedule, device=device, **options
+    )
+    return frechet_distances(images, teacher)
 
 
 def _write_evaluations(folder: Path, log: EvaluationLog, rows: list[dict]) -> None:
@@ -173,22 +233,30 @@ def load_evaluations(artifact: Artifact) -> list[Evaluation]:
     return [Evaluation.from_record(r) for r in AppendOnlyLog(path)]
 
 # %% ../../nbs/03_search.ipynb #32e4c47f
-def table_s6(results: dict, source: str, methods: tuple[str, ...]) -> list[dict]:
-    "Table S6: the paper's candidates as reported, then those of `methods` at this profile's scale."
-    from tocsr.evaluation.reported import merge_with_reported
-
+def candidate_rows(results: dict, methods: tuple[str, ...]) -> list[dict]:
+    "Candidates of `methods` over the grid, from the results of stage `search`."
     rows = []
     for name in methods:
         found = [r for r in results["front"] if r["method"] == name and r["feasible"]]
         for i, r in enumerate(found, start=1):
-            rows.append(
-                {
-                    "candidate": f"{i} ({name})",
-                    "params M": r["params"] / 1e6,
-                    "eps": r["eps"],
-                    "f_acc": r["f_acc"],
-                    "fewer params": r["ratio"],
-                    "architecture": r["architecture"],
-                }
-            )
-    return merge_with_reported("table_s6", rows, source)
+            row = {
+                "candidate": f"{i} ({name})",
+                "params M": r["params"] / 1e6,
+                "eps": r["eps"],
+                "f_acc": r["f_acc"],
+                "fewer params": r["ratio"],
+                "architecture": r["architecture"],
+            }
+            rows.append(row | results["frechet"].get(r["architecture"], {}))
+    return rows
+
+
+def table_s6(results: dict, source: str, methods: tuple[str, ...]) -> list[dict]:
+    """Table S6: the paper's candidates as reported, then those of `methods` at this scale.
+
+    The paper's FID is that of images of the calibration set; ours are Frechet distances between
+    samples of candidate and teacher, before fine-tuning.
+    """
+    from tocsr.evaluation.reported import merge_with_reported
+
+    return merge_with_reported("table_s6", candidate_rows(results, methods), source)

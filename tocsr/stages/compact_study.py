@@ -22,7 +22,7 @@ from ..core.store import Run, TrainOptions, stage
 from ..core.training import fit, step_generator
 from ..core.weights import bundled_hash, bundled_record
 from ..data.images import load_photos
-from ..data.latents import CachedLatents
+from ..data.latent_shards import training_latents
 from ..evaluation.metrics import measure
 from ..models.architecture import PAPER_ARCHITECTURE, REMOVED, Architecture
 from ..models.autoencoder import LatentAutoencoder
@@ -448,7 +448,8 @@ def run_compact_study(run: Run) -> dict:
     source = load_teacher(run.inputs["teacher"])
     teacher = split_into_stages(source.unet.eval().requires_grad_(False))
     side = p.data.patch // source.vae.factor
-    latents = CachedLatents.encode(source.vae, load_photos(p.data).split("train"))
+    train = load_photos(p.data).split("train")
+    latents = training_latents(source.vae, train, p, run.scratch, device=device)
     weights = timestep_weights(cfg.weighting, source.schedule, latents)
     networks = study_networks(
         teacher,

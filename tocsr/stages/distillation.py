@@ -17,6 +17,7 @@ from ..core.random import shared_step_generator
 from ..core.runtime import pick_device
 from ..core.store import Run, stage
 from ..data.images import Photos, load_photos
+from ..data.latent_shards import LatentShards, training_latents
 from ..data.latents import CachedLatents
 from ..models.architecture import REMOVED, StageShape
 from ..models.complexity import count_macs, count_params, latency_ms
@@ -41,14 +42,14 @@ __all__ = ['calibration_split', 'NoisyLatents', 'measure_stages', 'run_surrogate
 def calibration_split(photos: Photos, share: float) -> Photos:
     "A fixed `share` of `photos`, evenly spaced in their order (section 3.2: 25%)."
     step = max(1, round(1 / share))
-    return photos.subset([photos.name(i) for i in range(0, len(photos), step)])
+    return photos.every_nth(step)
 
 
 @dataclass(frozen=True)
 class NoisyLatents:
     "Batches of noisy latent crops, the same in all processes."
 
-    bank: CachedLatents
+    bank: CachedLatents | LatentShards
     schedule: object  # diffusers scheduler
     context: Tensor  # (batch, tokens, width)
     side: int  # of the crops
@@ -124,10 +125,19 @@ def _keep_designs(names: tuple[str, ...] | None) -> Callable[[StageShape], tuple
 
 # %% ../../nbs/02_surrogates.ipynb #a6a31eb7
 def _noisy_latents(
-    source: Teacher, photos: Photos, context: Tensor, *, side: int, seed: int
+    run: Run,
+    source: Teacher,
+    photos: Photos,
+    context: Tensor,
+    *,
+    seed: int,
+    count: int | None = None,  # latent crops in files; None: as in the profile
 ) -> NoisyLatents:
     "Noisy latents of photographs, for a step's batch size of `len(context)`."
-    bank = CachedLatents.encode(source.vae, photos)
+    p = run.profile
+    device = pick_device(p.device)
+    bank = training_latents(source.vae, photos, p, run.scratch, device=device, count=count)
+    side = p.data.patch // source.vae.factor
     return NoisyLatents(bank, source.schedule, context, side, seed)
 
 
@@ -169,7 +179,7 @@ def single_block_fidelity(
     return single_block_scores(fidelity, teacher, library)
 
 # %% ../../nbs/02_surrogates.ipynb #7709d47e
-@stage("surrogates", upstream=("teacher",), config=lambda p: (p.surrogates, p.seed))
+@stage("surrogates", upstream=("teacher",), config=lambda p: (p.surrogates, p.ablations, p.seed))
 def run_surrogates(run: Run) -> dict:
     """Train the library by FwKD (eq. 8) and measure cost and error of every surrogate.
 
@@ -182,16 +192,18 @@ def run_surrogates(run: Run) -> dict:
     teacher = split_into_stages(unet)
     context = null_context(unet, 1)
     library = build_library(teacher, _keep_designs(cfg.names), context=context, seed=seed)
-    random_start = build_library(teacher, _keep_designs(cfg.random_names), init="random", seed=seed)
+    compared = cfg.random_names if profile.ablations else ()
+    random_start = build_library(teacher, _keep_designs(compared), init="random", seed=seed)
     millions = sum(count_params(m) for _, _, m in library) / 1e6
     run.log(f"{len(library)} surrogates, {millions:.1f} M parameters")
 
     photos = load_photos(profile.data)
     calibration = calibration_split(photos.split("train"), cfg.calibration_share)
-    shape = dict(side=profile.data.patch // source.vae.factor)
     contexts = null_context(unet, cfg.batch)
-    training = _noisy_latents(source, calibration, contexts, seed=seed, **shape)
-    held_out = _noisy_latents(source, photos.split("val"), contexts, seed=seed + 1000, **shape)
+    training = _noisy_latents(run, source, calibration, contexts, seed=seed)
+    count = cfg.eval_batches * cfg.batch
+    val = photos.split("val")
+    held_out = _noisy_latents(run, source, val, contexts, seed=seed + 1000, count=count)
 
     losses = train_libraries(run, teacher, dict(library=library, random=random_start), training)
     save_library(run.dir, library, teacher)
@@ -209,8 +221,11 @@ def run_surrogates(run: Run) -> dict:
     for r in rows:
         if r["design"] in scores[r["stage"]]:
             r.update(_fidelity_columns(scores[r["stage"]][r["design"]]))
-    overhead = fwkd_overhead(teacher, library, training, mixed_precision=profile.mixed_precision)
-    run.log(f"a step takes {overhead['overhead']:.2f} times the passes it needs at least")
+    overhead = None
+    if profile.ablations:
+        precision = profile.mixed_precision
+        overhead = fwkd_overhead(teacher, library, training, mixed_precision=precision)
+        run.log(f"a step takes {overhead['overhead']:.2f} times the passes it needs at least")
     return dict(
         surrogates=len(library),
         rows=rows,

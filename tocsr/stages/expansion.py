@@ -9,22 +9,28 @@ from pathlib import Path
 
 import torch
 
-from ..core.config import Profile
+from ..core.config import AutoencoderConfig, Profile
 from ..core.files import save_weights, write_json
 from ..core.runtime import pick_device
 from ..core.store import Artifact, Run, stage
 from ..core.weights import bundled_hash, bundled_weights
 from ..data.images import Photos, load_photos
-from ..data.latents import CachedLatents
+from ..data.latent_shards import held_out_latents, training_latents
 from ..models.autoencoder import LatentAutoencoder, load_autoencoder, save_autoencoder
-from ..models.expansion import Teacher, load_teacher_folder, save_teacher
+from tocsr.models.expansion import (
+    EXPANSION_VARIANTS,
+    Teacher,
+    load_teacher_folder,
+    save_teacher,
+)
 from tocsr.stages.expansion_training import (
-    best_linear_denoiser,
     compare_autoencoder_shapes,
+    compare_epsilon_expansions,
     compare_expansions,
     compare_joint_losses,
     evaluate_against_linear,
     fit_bridge,
+    fit_linear_denoiser,
     make_autoencoder_student,
     make_autoencoder_teacher,
     make_base_unet,
@@ -42,26 +48,54 @@ __all__ = ['HELD_OUT_SEED', 'load_teacher', 'bundled_teacher', 'run_teacher']
 
 # %% ../../nbs/01_expansion.ipynb #c0007fba
 EVAL_SIDE = 256  # pixels of the crops on which autoencoders are compared
+TRAINED_SHAPES = ("lowres", "tiny")  # another shape is the path or name of an autoencoder
+
+
+def given_base_autoencoder(cfg: AutoencoderConfig) -> LatentAutoencoder | None:
+    """The user's own base autoencoder, which is used as it is; None where it is to be trained.
+
+    Raises `ValueError` if it has another number of channels than `cfg.base_channels`.
+    """
+    if cfg.shape in TRAINED_SHAPES:
+        return None
+    vae = load_autoencoder(cfg.shape)
+    if vae.channels != cfg.base_channels:
+        raise ValueError(
+            f"autoencoder.shape: {cfg.shape} has {vae.channels} latent channels; give one with "
+            f"autoencoder.base_channels={cfg.base_channels}"
+        )
+    return vae
 
 
 @stage(
     "autoencoder",
-    config=lambda p: (p.autoencoder, bundled_hash(p.autoencoder.start, "codec16", "codec4")),
+    config=lambda p: (
+        p.autoencoder,
+        p.ablations,
+        bundled_hash(p.autoencoder.start, "codec16", "codec4"),
+    ),
 )
 def run_autoencoder(run: Run) -> dict:
     "Train and evaluate the autoencoders of 4 and 16 channels (eq. 4, table S5)."
     p = run.profile
     cfg = p.autoencoder
+    device = pick_device(p.device)
     photos = load_photos(p.data)
     train = photos.split("train")
     generator = torch.Generator().manual_seed(1)
     held = photos.split("val").crops(cfg.eval_images, EVAL_SIDE, generator)
     results = {}
     curves = {}
-    for c in (cfg.base_channels, cfg.channels):
+    given = given_base_autoencoder(cfg)
+    if given is not None:
+        save_autoencoder(given, run.dir / f"vae{cfg.base_channels}")
+        results[f"{cfg.base_channels}ch"] = reconstruction_quality(given.to(device), held)
+    for c in (cfg.channels,) if given is not None else (cfg.base_channels, cfg.channels):
         teacher = make_autoencoder_teacher(cfg, train, c)
         torch.manual_seed(p.seed)  # of the weights that do not come from the PCA
-        trained = make_autoencoder_student(cfg, c, pca_teacher(train, c, cfg.pca_patches))
+        trained = make_autoencoder_student(
+            cfg, c, None if given is not None else pca_teacher(train, c, cfg.pca_patches)
+        )
         # with bundled weights, one training is enough as an illustration
         shown = cfg.steps > 0 and (cfg.start == "scratch" or c == cfg.channels)
         if shown:
@@ -73,13 +107,15 @@ def run_autoencoder(run: Run) -> dict:
         vae = load_autoencoder(bundled_weights(f"codec{c}")) if bundled else trained
         save_autoencoder(vae, run.dir / f"vae{c}")
         save_autoencoder(teacher, run.dir / f"teacher{c}")
-        results[f"teacher_{c}ch"] = reconstruction_quality(teacher, held)
-        results[f"{c}ch"] = reconstruction_quality(vae, held)
+        results[f"teacher_{c}ch"] = reconstruction_quality(teacher.to(device), held)
+        results[f"{c}ch"] = reconstruction_quality(vae.to(device), held)
         if shown and bundled:
-            results[f"shown_{c}ch"] = reconstruction_quality(trained, held)
-    results["shapes"] = compare_autoencoder_shapes(run, train, held)
+            results[f"shown_{c}ch"] = reconstruction_quality(trained.to(device), held)
+    if p.ablations:
+        results["shapes"] = compare_autoencoder_shapes(run, train, held)
     write_json(run.dir / "curves.json", curves)
-    return results | dict(start=cfg.start, images=len(held))
+    base = "given" if given is not None else cfg.start
+    return results | dict(start=cfg.start, base=base, images=len(held))
 
 
 def load_autoencoders(
@@ -106,45 +142,52 @@ def bundled_teacher() -> Path:
 
 
 def _expand(run: Run, train: Photos, val: Photos, device: torch.device):
-    "Base, table S4 and joint phase: the teacher so far, the rows of table S4, all curves."
+    "Base, table S4 and joint phase: the teacher so far, both tables' rows, all curves."
     p = run.profile
     cfg = p.teacher
     autoencoders = load_autoencoders(run.inputs["autoencoder"], p)
+    augmentation = dict(sizes=cfg.sizes, jitter=cfg.jitter)
     old, new = (
-        CachedLatents.encode(vae, train, device=device, sizes=cfg.sizes, jitter=cfg.jitter)
+        training_latents(vae, train, p, run.scratch, device=device, **augmentation)
         for vae in autoencoders
     )
     vae = autoencoders[1]
     size = p.data.patch // vae.factor
     generator = torch.Generator().manual_seed(HELD_OUT_SEED)
-    held = CachedLatents.encode(vae, val, device=device).crops(cfg.eval_samples, size, generator)
+    held = held_out_latents(vae, val, p, cfg.eval_samples, generator, device)
     base, schedule = make_base_unet(p)
     run.log("base UNet in the old latents")
     weights = timestep_weights(cfg.weighting, schedule, old)
-    options = run.training("base")
-    base_curve = train_unet(
-        base, old, schedule, cfg.base_steps, cfg, weights=weights, options=options, size=size
-    )
+    base_curve = []
+    if cfg.base_steps:
+        options = run.training("base")
+        base_curve = train_unet(
+            base, old, schedule, cfg.base_steps, cfg, weights=weights, options=options, size=size
+        )
     bridge = fit_bridge(old, new)
     weights = timestep_weights(cfg.weighting, schedule, new)
+    compared = EXPANSION_VARIANTS if p.ablations else (cfg.expansion,)
     rows, unets = compare_expansions(
-        run, base, schedule, new, weights=weights, bridge=bridge, held=held
+        run, base, schedule, new, weights=weights, bridge=bridge, held=held, variants=compared
     )
+    del base  # as large as the teacher
+    epsilon_rows = compare_epsilon_expansions(run, old, new, held=held, bridge=bridge)
     folder = run.inputs["autoencoder"].path / f"teacher{p.autoencoder.channels}"
     teacher, joint = compare_joint_losses(
-        run, unets["bridge"], vae, load_autoencoder(folder), train, schedule
+        run, unets.pop(cfg.expansion), vae, load_autoencoder(folder), train, schedule
     )
     curves = dict(
         base=[record["epsilon"] for record in base_curve],
         expansions={v: row.pop("curve") for v, row in rows.items()},
+        epsilon_expansions={v: row.pop("curve") for v, row in epsilon_rows.items()},
         joint=joint,
     )
-    return teacher, rows, curves
+    return teacher, dict(expansions=rows, epsilon_expansions=epsilon_rows), curves
 
 
 def _teacher_config(p: Profile) -> tuple:
     hashes = bundled_hash(p.teacher.start, "teacher/unet", "teacher/vae")
-    return p.teacher, p.unet, p.autoencoder, hashes
+    return p.teacher, p.unet, p.autoencoder, p.ablations, hashes
 
 
 @stage("teacher", upstream=("autoencoder",), config=_teacher_config)
@@ -160,22 +203,22 @@ def run_teacher(run: Run) -> dict:
     if cfg.start == "bundled":
         teacher = load_teacher_folder(bundled_teacher())
     schedule = teacher.schedule
-    size = p.data.patch // teacher.vae.factor
-    latents = CachedLatents.encode(teacher.vae, train, device=device)
+    latents = training_latents(teacher.vae, train, p, run.scratch, device=device)
     generator = torch.Generator().manual_seed(HELD_OUT_SEED)
-    held = CachedLatents.encode(teacher.vae, val, device=device)
-    held = held.crops(cfg.eval_samples, size, generator)
+    held = held_out_latents(teacher.vae, val, p, cfg.eval_samples, generator, device)
     curves["teacher"] = train_further(run, teacher, train)
-    linear, mixture = best_linear_denoiser(latents, held, schedule, cfg.linear_crops)
+    linear, yardstick = fit_linear_denoiser(latents, held, schedule, cfg)
     save_teacher(teacher, run.dir / "teacher")
     write_json(run.dir / "curves.json", curves)
     save_weights(run.dir / "held_out.safetensors", dict(latents=held))
     save_weights(run.dir / "samples.safetensors", sample_latents(teacher, linear, held))
     return dict(
-        expansions=rows,
-        ratio=evaluate_against_linear(teacher.unet, schedule, linear, held, cfg.eval_levels),
+        **rows,
+        ratio=evaluate_against_linear(
+            teacher.unet, schedule, linear, held, cfg.eval_levels, device=device
+        ),
         start=cfg.start,
         latent_variance=held.var((0, 2, 3)).tolist(),
         linear_crops=cfg.linear_crops,
-        linear_stationary=mixture,
+        **yardstick,
     )

@@ -14,11 +14,13 @@ import torch
 from diffusers import AutoencoderTiny, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
-from ..core.config import AutoencoderConfig, DataConfig, Profile, TeacherConfig
+from ..core.config import AutoencoderConfig, DataConfig, Profile, TeacherConfig, UNetConfig
+from ..core.random import seeded_random
 from ..core.runtime import pick_device
 from ..core.store import Run, TrainOptions
 from ..core.training import fit, step_generator
 from ..data.images import Photos
+from ..data.latent_shards import training_latents
 from ..data.latents import CachedLatents, crop_batches
 from ..evaluation.denoising import denoising_errors, linear_epsilon, linear_ratio
 from ..evaluation.metrics import measure_and_summarize
@@ -34,9 +36,11 @@ from ..models.complexity import count_macs, count_params
 from tocsr.models.diffusion import (
     ddim_sample,
     diffusion_loss,
+    eval_timesteps,
     nano_unet,
     noise_schedule,
     predict_epsilon,
+    set_context,
     uniform_timesteps,
 )
 from tocsr.models.expansion import (
@@ -46,14 +50,17 @@ from tocsr.models.expansion import (
     fit_linear_adapter,
     widen_autoencoder,
 )
-from ..models.linear_denoiser import LinearDenoiser, moments
+from ..models.linear_denoiser import FrequencyDenoiser, LinearDenoiser, moments
+from ..models.staged_unet import StagedUNet
+from ..models.text_context import load_context
 
 # %% auto #0
-__all__ = ['EMA_MIN_STEPS', 'RECONSTRUCTION_METRICS', 'BRIDGE_PHOTOS', 'JOINT_EMA_MIN_STEPS', 'vae_loss', 'pca_teacher',
+__all__ = ['EMA_MIN_STEPS', 'BRIDGE_PHOTOS', 'JOINT_EMA_MIN_STEPS', 'COMPARED_LAM_VAE', 'vae_loss', 'pca_teacher',
            'make_autoencoder_teacher', 'make_autoencoder_student', 'train_autoencoder', 'train_decoder',
-           'reconstruction_quality', 'compare_autoencoder_shapes', 'timestep_weights', 'train_unet', 'make_base_unet',
-           'fit_bridge', 'train_further', 'train_jointly', 'compare_joint_losses', 'held_out_error',
-           'compare_expansions', 'best_linear_denoiser', 'evaluate_against_linear', 'sample_latents']
+           'timestep_weights', 'train_unet', 'make_base_unet', 'fit_bridge', 'train_further', 'train_jointly',
+           'compare_joint_losses', 'held_out_error', 'compare_expansions', 'epsilon_config',
+           'compare_epsilon_expansions', 'fit_linear_denoiser', 'best_linear_denoiser', 'evaluate_against_linear',
+           'sample_latents']
 
 # %% ../../nbs/tools/606_expansion_training.ipynb #79174557
 def vae_loss(
@@ -215,7 +222,8 @@ def reconstruction_quality(
     metrics: Sequence[str] = RECONSTRUCTION_METRICS,
 ) -> dict:  # mean and bootstrap interval per metric, or why there is none
     "Quality of the reconstructions of `images`."
-    reconstructed = torch.cat([vae(x).clamp(-1, 1) for x in images.split(8)])
+    device = next(vae.parameters()).device
+    reconstructed = torch.cat([vae(x.to(device)).clamp(-1, 1).cpu() for x in images.split(8)])
     return measure_and_summarize(metrics, reconstructed, images, border=0)
 
 
@@ -281,23 +289,35 @@ def train_unet(
     size: int = 16,  # latent crop side
     seed: int | None = None,  # None: that of `options`
 ) -> list[dict]:  # a record per step: "loss" (weighted), "epsilon" (not weighted)
-    "Minimize L_diff (eq. 5) on latent crops."
+    """Minimize L_diff (eq. 5) on latent crops.
+
+    With `cfg.crop_sides` they have these sides in turn, and about as many latents per batch as
+    `cfg.batch` crops of side `size`.
+    """
     seed = options.seed if seed is None else seed
+    sides = cfg.crop_sides or (size,)
+    net = unet
+    if cfg.skip_dropout:
+        net = StagedUNet.from_unet(unet)  # shares the weights
+        net.skip_dropout = cfg.skip_dropout
 
     def batches(step):
         generator = step_generator(seed, step)
-        z_0 = latents.crops(cfg.batch, size, generator)
+        side = sides[step % len(sides)]
+        n = max(1, round(cfg.batch * (size / side) ** 2))
+        z_0 = latents.crops(n, side, generator)
         t = uniform_timesteps(len(z_0), generator, schedule)
         noise = torch.randn(z_0.shape, generator=generator)
         return dict(z_0=z_0, t=t, noise=noise, weight=weights[t])
 
     def loss(step, models, batch):
         z_0, t, noise = (batch[k] for k in ("z_0", "t", "noise"))
-        error = diffusion_loss(models["unet"], z_0, t, noise, schedule, reduce=False)
+        with seeded_random(seed, step):  # of the skip dropout
+            error = diffusion_loss(models["unet"], z_0, t, noise, schedule, reduce=False)
         return dict(loss=(error * batch["weight"]).mean(), epsilon=error.mean())
 
     return fit(
-        dict(unet=unet),
+        dict(unet=net),
         loss,
         steps,
         cfg.lr,
@@ -317,18 +337,26 @@ def make_base_unet(p: Profile) -> tuple[UNet2DConditionModel, DDPMScheduler]:
     source = p.unet.checkpoint
     if not source:
         torch.manual_seed(p.seed)
-        return nano_unet(p.unet, p.autoencoder.base_channels), schedule
+        unet = nano_unet(p.unet, p.autoencoder.base_channels)
+        return _with_context(unet, p.unet), schedule
     whole = not Path(source).is_dir() or (Path(source) / "unet").is_dir()
     options = dict(subfolder="unet") if whole else {}
     unet = UNet2DConditionModel.from_pretrained(source, use_safetensors=True, **options)
-    return unet, schedule
+    return _with_context(unet, p.unet), schedule
+
+
+def _with_context(unet: UNet2DConditionModel, cfg: UNetConfig) -> UNet2DConditionModel:
+    "Give the UNet the fixed context that the profile names."
+    if cfg.context is None:
+        return unet
+    return set_context(unet, load_context(cfg.context, unet.config.cross_attention_dim))
 
 
 def fit_bridge(old: CachedLatents, new: CachedLatents) -> tuple[Tensor, Tensor]:
     "Least-squares maps between latents of the same photographs; mirror images are left out (ours)."
     columns = []
     for latents in (old, new):
-        flat = [m.flatten(1) for m in latents.maps[::2][:BRIDGE_PHOTOS]]
+        flat = [m.flatten(1) for m in latents.maps_of(BRIDGE_PHOTOS)]
         columns.append(torch.cat(flat, 1)[None, :, None])
     return fit_linear_adapter(*columns)
 
@@ -340,8 +368,14 @@ def train_further(run: Run, teacher: Teacher, train: Photos) -> list[float]:
     if cfg.start != "scratch" or not cfg.steps:
         return []
     device = pick_device(p.device)
-    latents = CachedLatents.encode(
-        teacher.vae, train, device=device, sizes=cfg.sizes, jitter=cfg.jitter
+    latents = training_latents(
+        teacher.vae,
+        train,
+        p,
+        run.scratch,
+        device=device,
+        sizes=cfg.sizes,
+        jitter=cfg.jitter,
     )
     curve = train_unet(
         teacher.unet,
@@ -358,6 +392,7 @@ def train_further(run: Run, teacher: Teacher, train: Photos) -> list[float]:
 
 # %% ../../nbs/tools/606_expansion_training.ipynb #b0eae1f5
 JOINT_EMA_MIN_STEPS = 400  # shorter joint phases keep no moving average
+COMPARED_LAM_VAE = 1.0  # weight of L_VAE in the comparison where the profile's own is 0
 
 
 def _joint_loss(
@@ -441,12 +476,20 @@ def compare_joint_losses(
     teacher: LatentAutoencoder,
     photos: Photos,
     schedule: DDPMScheduler,
-) -> tuple[Teacher, dict[str, dict[str, list]]]:  # result with L_VAE; curves of both
-    "The joint phase by the epsilon loss alone, and with L_VAE, from the same start."
+) -> tuple[Teacher, dict[str, dict[str, list]]]:  # result of the profile's own; curves of both
+    """The joint phase by the epsilon loss alone, and with L_VAE, from the same start.
+
+    The result is that with the profile's `lam_vae`: 0 is the epsilon loss alone, the paper's.
+    """
     p = run.profile
+    own = p.teacher.lam_vae
     curves = {}
-    for name, lam in (("epsilon_only", 0.0), ("with_vae", p.teacher.lam_vae)):
-        joint_unet = deepcopy(unet)
+    results = {}
+    weights = dict(epsilon_only=0.0, with_vae=own or COMPARED_LAM_VAE)
+    if not p.ablations:
+        weights = {name: lam for name, lam in weights.items() if lam == own}
+    for name, lam in weights.items():
+        joint_unet = deepcopy(unet) if p.ablations else unet
         joint_vae = deepcopy(vae)
         curve = train_jointly(
             joint_unet,
@@ -459,7 +502,8 @@ def compare_joint_losses(
             lam_vae=lam,
         )
         curves[name] = {k: [record[k] for record in curve] for k in ("diff", "vae", "rec", "var")}
-    return Teacher(joint_unet, schedule, joint_vae), curves
+        results[lam] = Teacher(joint_unet, schedule, joint_vae)
+    return results[own], curves
 
 # %% ../../nbs/tools/606_expansion_training.ipynb #3d9d58b8
 def held_out_error(
@@ -467,13 +511,17 @@ def held_out_error(
     held: Tensor,  # (n, c, s, s) held-out latents
     schedule: DDPMScheduler,
     levels: int,  # noise levels
+    device: str | torch.device = "cpu",  # that the UNet runs on; it returns to the CPU
 ) -> Tensor:  # (levels, n)
-    "Epsilon loss of every held-out latent at every noise level."
+    "Epsilon loss of every held-out latent at every noise level, divided among the processes."
+    unet = unet.to(device)
 
     def denoise(z_t, t):
         return predict_epsilon(unet, z_t, t, schedule)
 
-    return denoising_errors(denoise, held, schedule, levels)
+    errors = denoising_errors(denoise, held, schedule, levels, device=device)
+    unet.to("cpu")
+    return errors
 
 
 def compare_expansions(
@@ -485,15 +533,19 @@ def compare_expansions(
     weights: Tensor,  # (T,) of `timestep_weights`
     bridge: tuple[Tensor, Tensor],  # of `fit_linear_adapter`
     held: Tensor,  # (n, c, s, s) held-out latents
+    cfg: TeacherConfig | None = None,  # None: the profile's
+    prefix: str = "",  # of the trainings' names
+    variants: tuple[str, ...] = EXPANSION_VARIANTS,
 ) -> tuple[dict[str, dict], dict[str, UNet2DConditionModel]]:  # row and trained UNet by variant
     "Table S4 at this scale: the held-out epsilon loss of every variant, before and after training."
-    cfg = run.profile.teacher
+    cfg = cfg or run.profile.teacher
     rows = {}
     unets = {}
-    for variant in EXPANSION_VARIANTS:
+    device = pick_device(run.profile.device)
+    for variant in variants:
         torch.manual_seed(run.profile.seed)
         unet = expand_unet(base, variant, run.profile.autoencoder.channels, bridge)
-        before = held_out_error(unet, held, schedule, cfg.eval_levels).mean(0)
+        before = held_out_error(unet, held, schedule, cfg.eval_levels, device).mean(0)
         curve = train_unet(
             unet,
             latents,
@@ -501,21 +553,100 @@ def compare_expansions(
             cfg.expand_steps,
             cfg,
             weights=weights,
-            options=run.training(variant),
+            options=run.training(prefix + variant),
             size=held.shape[-1],
         )
-        after = held_out_error(unet, held, schedule, cfg.eval_levels).mean(0)
+        after = held_out_error(unet, held, schedule, cfg.eval_levels, device)
+        per_crop = after.mean(0)
         rows[variant] = dict(
             parameters=count_params(unet),
             start=before.mean().item(),
-            loss=after.mean().item(),
-            sem=(after.std() / len(after) ** 0.5).item(),
+            loss=per_crop.mean().item(),
+            sem=(per_crop.std() / len(per_crop) ** 0.5).item(),
+            per_level=after.mean(1).tolist(),
             curve=[record["epsilon"] for record in curve],
         )
         unets[variant] = unet
     return rows, unets
 
+
+def epsilon_config(cfg: TeacherConfig) -> TeacherConfig:
+    "Settings of table S4 in epsilon prediction: loss and steps of the `s4_*` fields."
+    return replace(
+        cfg,
+        prediction="epsilon",
+        weighting="epsilon",
+        base_steps=cfg.s4_steps,
+        expand_steps=cfg.s4_steps,
+        batch=cfg.s4_batch,
+        lr=cfg.s4_lr,
+    )
+
+
+def compare_epsilon_expansions(
+    run: Run,
+    old: CachedLatents,  # of the base autoencoder
+    new: CachedLatents,  # of the expanded autoencoder
+    held: Tensor,  # (n, c, s, s) held-out latents of the expanded autoencoder
+    bridge: tuple[Tensor, Tensor],
+) -> dict[str, dict]:  # row of `compare_expansions` by variant, with the timesteps of its levels
+    """Table S4 in epsilon prediction, from a new base of its own.
+
+    v1 and v3 pass at most 4 of the 16 dimensions of white noise, so their loss cannot fall below
+    12/16 = 0.75. Under v-prediction z_t reaches the estimate around that bottleneck.
+    """
+    p = run.profile
+    if not p.teacher.s4_steps:
+        return {}
+    cfg = epsilon_config(p.teacher)
+    schedule = noise_schedule("epsilon")
+    size = p.teacher.s4_patch // new.factor
+    ones = timestep_weights("epsilon", schedule, old)
+    torch.manual_seed(p.seed)
+    base = nano_unet(p.unet, p.autoencoder.base_channels)
+    options = run.training("s4_base")
+    train_unet(base, old, schedule, cfg.base_steps, cfg, weights=ones, options=options, size=size)
+    crops = held[..., :size, :size]
+    rows, _ = compare_expansions(
+        run,
+        base,
+        schedule,
+        new,
+        weights=ones,
+        bridge=bridge,
+        held=crops,
+        cfg=cfg,
+        prefix="s4_",
+    )
+    timesteps = eval_timesteps(cfg.eval_levels).tolist()
+    return {variant: dict(row, timesteps=timesteps) for variant, row in rows.items()}
+
 # %% ../../nbs/tools/606_expansion_training.ipynb #15c33855
+_FULL_LINEAR_VALUES = 8192  # of a crop, up to which "auto" takes the full covariance
+
+
+def fit_linear_denoiser(
+    latents: CachedLatents,
+    held: Tensor,  # (n, c, s, s)
+    schedule: DDPMScheduler,
+    cfg: TeacherConfig,
+) -> tuple[LinearDenoiser | FrequencyDenoiser, dict]:  # and how it was made
+    """The linear denoiser that `cfg.linear` names, the yardstick of the teacher.
+
+    Raises `ValueError` for another name.
+    """
+    kind = cfg.linear
+    if kind == "auto":
+        kind = "full" if held[0].numel() <= _FULL_LINEAR_VALUES else "frequency"
+    if kind == "full":
+        linear, mixture = best_linear_denoiser(latents, held, schedule, cfg.linear_crops)
+        return linear, dict(linear=kind, linear_stationary=mixture)
+    if kind != "frequency":
+        raise ValueError(f"teacher.linear: {kind!r}; choose 'auto', 'full' or 'frequency'")
+    batches = crop_batches(latents, held.shape[-1], cfg.linear_crops)
+    return FrequencyDenoiser.fit(batches), dict(linear=kind, linear_stationary=1.0)
+
+
 def best_linear_denoiser(
     latents: CachedLatents,
     held: Tensor,  # (n, c, s, s)
@@ -543,9 +674,10 @@ def evaluate_against_linear(
     linear: LinearDenoiser,
     held: Tensor,  # (n, c, s, s)
     levels: int,  # noise levels
+    device: str | torch.device = "cpu",  # that the UNet runs on
 ) -> dict:
     "Denoising error of the UNet over the linear denoiser's, per noise level, with intervals."
-    error = held_out_error(unet, held, schedule, levels)
+    error = held_out_error(unet, held, schedule, levels, device)
     linear_error = denoising_errors(linear_epsilon(linear, schedule), held, schedule, levels)
     return dict(
         linear_ratio(error, linear_error),
@@ -558,10 +690,11 @@ def sample_latents(
     teacher: Teacher,
     linear: LinearDenoiser,
     held: Tensor,  # (n, c, s, s)
-    n: int = 8,
+    n: int = 8,  # at most; not more than `held` has
     steps: int = 50,  # of DDIM
 ) -> dict[str, Tensor]:  # each (n, c, s, s)
     "Samples of the teacher and of the Gaussian with the latents' covariance, and real latents."
+    n = min(n, len(held))
     generator = torch.Generator().manual_seed(3)
     noise = torch.randn(n, *held.shape[1:], generator=generator)
     return dict(

@@ -15,7 +15,7 @@ from ..core.runtime import pick_device
 from ..core.statistics import bootstrap_interval
 from ..core.store import Run, stage
 from ..data.images import load_photos
-from ..data.latents import CachedLatents
+from ..data.latent_shards import training_latents
 from ..models.complexity import count_params
 from ..models.staged_unet import StagedUNet
 from ..models.surrogates import assemble, trainable_copy
@@ -133,7 +133,8 @@ def run_fidelity_rank(run: Run) -> dict:
     problem, inputs = load_search_problem(p, run.inputs)
     source = load_teacher(run.inputs["teacher"])
     side = p.data.patch // source.vae.factor
-    latents = CachedLatents.encode(source.vae, load_photos(p.data).split("train"))
+    train = load_photos(p.data).split("train")
+    latents = training_latents(source.vae, train, p, run.scratch, device=device)
     batches = DistillationBatches(
         inputs.teacher,
         source.schedule,

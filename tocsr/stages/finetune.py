@@ -18,7 +18,7 @@ from ..core.store import Artifact, Run, TrainOptions, stage
 from ..core.training import fit, step_generator
 from ..core.weights import bundled_hash, bundled_weights
 from ..data.images import load_photos
-from ..data.latents import CachedLatents
+from ..data.latent_shards import training_latents
 from ..evaluation.denoising import denoising_errors
 from ..models.complexity import count_macs, count_params
 from ..models.diffusion import null_context, predict_epsilon
@@ -140,6 +140,12 @@ def _errors(net, schedule, latents: Tensor, levels: int, device) -> Tensor:  # (
 VARIANTS = ("ours", "paper")  # with the teacher's estimate as second target, and by eq. 16 alone
 
 
+def _check_variants(names: tuple[str, ...]) -> None:
+    "Raise `ValueError` unless `names` are some of `VARIANTS`."
+    if not names or set(names) - set(VARIANTS):
+        raise ValueError(f"compact.variants: {names!r}; choose from {', '.join(VARIANTS)}")
+
+
 @stage(
     "compact",
     upstream=("teacher", "surrogates", "search"),
@@ -149,18 +155,29 @@ def run_compact(run: Run) -> dict:
     "Fine-tune the chosen architecture by eq. 16 and with output distillation, at equal budgets."
     p = run.profile
     cfg = p.compact
+    _check_variants(cfg.variants)
     source = load_teacher(run.inputs["teacher"])
     schedule = source.schedule
     teacher = split_into_stages(source.unet.eval().requires_grad_(False))
     library = load_library(run.inputs["surrogates"].path, teacher)
     start = assemble(teacher, library, run.inputs["search"].results["chosen"]["architecture"])
     images = load_photos(p.data).split("train")
-    bank = CachedLatents.encode(source.vae, images, sizes=p.teacher.sizes, jitter=p.teacher.jitter)
+    bank = training_latents(
+        source.vae,
+        images,
+        p,
+        run.scratch,
+        device=pick_device(p.device),
+        sizes=p.teacher.sizes,
+        jitter=p.teacher.jitter,
+    )
     size = p.data.patch // source.vae.factor
     weighted = timestep_weights(cfg.weighting, schedule, bank)
     nets = dict(teacher=teacher, assembled=start)
     curves = {}
-    for name, distill, weights in (("ours", cfg.distill, weighted), ("paper", 0.0, None)):
+    objectives = dict(ours=(cfg.distill, weighted), paper=(0.0, None))
+    for name in cfg.variants:
+        distill, weights = objectives[name]
         nets[name] = copy.deepcopy(start)
         loss = finetune_loss(
             teacher,
@@ -177,10 +194,10 @@ def run_compact(run: Run) -> dict:
         nets["bundled"] = bundled
     write_json(run.dir / "curves.json", curves)
     schedule.save_pretrained(run.dir / "scheduler")
-    for name in (*VARIANTS, "bundled"):
-        if name in nets:
-            save_staged_unet(run.dir / name, nets[name])
-    return _report(run, nets, schedule)
+    trained = [name for name in ("bundled", *cfg.variants) if name in nets]
+    for name in trained:
+        save_staged_unet(run.dir / name, nets[name])
+    return _report(run, nets, schedule) | dict(variants=trained)
 
 
 def _report(run: Run, nets: dict[str, StagedUNet], schedule) -> dict:
@@ -231,11 +248,11 @@ def load_compact(artifact: Artifact, variant: str = ""):
     """Network (evaluation mode) and schedule of stage `compact`.
 
     Variants: "ours" (output distillation), "paper" (eq. 16), "bundled" where the stage has it.
-    "" is "bundled" there and "ours" elsewhere.
+    "" is "bundled" there and the first of the profile's `compact.variants` elsewhere.
     """
     from diffusers import DDPMScheduler
 
-    found = [v for v in ("bundled", *VARIANTS) if (artifact.path / v).is_dir()]
+    found = artifact.results["variants"]
     if variant and variant not in found:
         raise StoreError(f"variant {variant!r}: choose one of {', '.join(found)}")
     net = load_staged_unet(artifact.path / (variant or found[0]))

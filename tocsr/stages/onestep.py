@@ -10,17 +10,20 @@ from copy import deepcopy
 from dataclasses import asdict
 
 import torch
+from torch import Tensor
 
 from ..core.config import OneStepConfig, Profile
 from ..core.files import save_weights, write_json
 from ..core.runtime import pick_device
 from ..core.store import Artifact, Run, TrainOptions, stage
 from ..core.training import fit, step_generator
+from ..data.pair_streams import FreshPairs, fresh_pairs
 from ..data.pairs import ChunkedTensors, PairPool, cache_teacher_latents
 from ..evaluation.held_out import count_cost, evaluate_methods, make_methods
 from ..inference.pipeline import TOCSRPipeline, weight_hashes
 from ..models.autoencoder import LatentAutoencoder, freeze_encoder
 from ..models.consistency import CONSISTENCY_FACTOR
+from ..models.diffusion import ddim_sample
 from tocsr.models.generator import (
     OneStepGenerator,
     SRModel,
@@ -33,28 +36,85 @@ from tocsr.models.losses import (
     LossInputs,
     WeightedLoss,
 )
-from ..models.regression import equal_cost_net, train_regression
-from .adaptation import SR_VARIANTS, load_multistep, load_pair_pool
+from ..models.regression import RegressionNet, equal_cost_net, train_regression
+from .adaptation import load_multistep, load_pair_pool
 from .expansion import load_teacher
 from .student_recipes import StudentRecipe, make_student, student_recipes
 
 # %% auto #0
-__all__ = ['distill_to_one_step', 'train_students', 'load_student', 'run_onestep']
+__all__ = ['CachedTargets', 'FreshTargets', 'distill_to_one_step', 'teacher_targets', 'train_students', 'load_student',
+           'run_onestep']
 
 # %% ../../nbs/05_onestep.ipynb #fe29001d
+class CachedTargets:
+    "Pairs of a pool, each with one noise and the latent that the teacher reaches from it."
+
+    def __init__(
+        self,
+        pool: PairPool,
+        targets: ChunkedTensors,  # of `cache_teacher_latents`
+        noise_seed: int,  # of the noise that they were sampled from
+    ):
+        self.pool = pool
+        self.targets = targets
+        self.noise_seed = noise_seed
+
+    def draw(self, step: int, n: int, generator: torch.Generator) -> dict[str, Tensor]:
+        "z_T, z_target, z_l, hr, lr of `n` random pairs."
+        indices = torch.randint(len(self.targets), (n,), generator=generator).tolist()
+        z_target = self.targets.read("z_0", indices).float()
+        z_T = start_noise(z_target.shape[1:], self.noise_seed, indices)
+        pair = self.pool.batch(indices)
+        return dict(z_T=z_T, z_target=z_target, z_l=pair.z_l, hr=pair.hr, lr=pair.lr)
+
+    def complete(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        "The batch itself: nothing is left to compute."
+        return batch
+
+
+class FreshTargets:
+    "New pairs and new noise at every step, as in algorithm S4."
+
+    def __init__(
+        self,
+        pairs: FreshPairs,
+        teacher: SRModel,  # multi-step
+        steps: int,  # of DDIM
+    ):
+        self.pairs = pairs
+        self.teacher = teacher._replace(unet=deepcopy(teacher.unet).eval().requires_grad_(False))
+        self.steps = steps
+
+    def draw(self, step: int, n: int, generator: torch.Generator) -> dict[str, Tensor]:
+        "z_T, hr, lr of the step's own pairs."
+        batch = self.pairs.draw(step, n, generator)
+        return batch | dict(z_T=torch.randn(self.pairs.latent_shape(batch), generator=generator))
+
+    @torch.no_grad()
+    def complete(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        "The batch with z_l and with the latent z_target that the teacher reaches from z_T."
+        z_l = self.pairs.condition(batch)
+        z_T = batch["z_T"]
+        unet = self.teacher.unet.to(z_T.device)
+        z_0 = ddim_sample(unet, self.teacher.scheduler, z_T, self.steps, z_l)
+        return batch | dict(z_l=z_l, z_target=self.teacher.latent(z_0, z_l))
+
+
 def distill_to_one_step(
     student: OneStepGenerator,  # initially the multi-step model; changed in place
-    pool: PairPool,
-    targets: ChunkedTensors,  # of `cache_teacher_latents`
+    pool: PairPool | None,  # of cached targets
+    targets: ChunkedTensors | FreshTargets,  # those of `cache_teacher_latents` belong to the pool
     cfg: OneStepConfig,
     recipe: StudentRecipe,
     options: TrainOptions,
     *,
-    noise_seed: int = 0,  # of the noise that `targets` were sampled from
+    noise_seed: int = 0,  # of the noise that cached targets were sampled from
     extra_losses: ExtraLosses | None = None,  # name -> (function, weight)
 ) -> list[dict]:  # loss and its parts of every step
     "Algorithm S4: minimize |G(z_T, z_l) - z_0^T|^2 (eq. 23) and the recipe's other losses (ours)."
     device = pick_device(options.device)
+    if isinstance(targets, ChunkedTensors):
+        targets = CachedTargets(pool, targets, noise_seed)
     model = student.model
     teacher = model._replace(unet=deepcopy(model.unet).to(device).requires_grad_(False).eval())
     objective = WeightedLoss(recipe.losses, extra_losses, recipe.bicubic_factor)
@@ -68,14 +128,10 @@ def distill_to_one_step(
         trained["refiner"] = student.refiner
 
     def make_batch(step):
-        generator = step_generator(options.seed, step)
-        indices = torch.randint(len(targets), (cfg.batch,), generator=generator).tolist()
-        z_target = targets.read("z_0", indices).float()
-        z_T = start_noise(z_target.shape[1:], noise_seed, indices)
-        pair = pool.batch(indices)
-        return dict(z_T=z_T, z_target=z_target, z_l=pair.z_l, hr=pair.hr, lr=pair.lr)
+        return targets.draw(step, cfg.batch, step_generator(options.seed, step))
 
     def loss(step, networks, batch):
+        batch = targets.complete(batch)
         G = model._replace(unet=networks["unet"])
         z = one_step(G, batch.pop("z_T"), batch["z_l"])  # eq. 22
         inputs = LossInputs(
@@ -102,11 +158,38 @@ def distill_to_one_step(
     )
 
 # %% ../../nbs/05_onestep.ipynb #ffc1e43e
+def teacher_targets(
+    run: Run,
+    multistep: dict[str, SRModel],
+    pairs: PairPool | FreshPairs,
+    noise_seed: int,
+) -> dict[str, ChunkedTensors | FreshTargets]:  # by student
+    "What every student regresses: cached latents of the pool, or new ones at every step."
+    p = run.profile
+    cfg = p.onestep
+    if isinstance(pairs, FreshPairs):
+        return {
+            name: FreshTargets(pairs, multistep[name], cfg.teacher_steps) for name in cfg.students
+        }
+    return {
+        name: cache_teacher_latents(
+            run.scratch / f"targets-{name}",
+            multistep[name],
+            pairs,
+            cfg.endpoints,
+            steps=cfg.teacher_steps,
+            seed=noise_seed,
+            device=str(pick_device(p.device)),
+        )
+        for name in cfg.students
+    }
+
+
 def train_students(
     run: Run,
     multistep: dict[str, SRModel],
     vae: LatentAutoencoder,
-    pool: PairPool,
+    pairs: PairPool | FreshPairs,
 ) -> tuple[dict[str, OneStepGenerator], dict, dict]:
     """Train all variants: students, loss curves and costs in seconds.
 
@@ -116,30 +199,21 @@ def train_students(
     noise_seed = p.seed + 2
     students = {}
     curves = {}
-    targets = {}
     begin = time.perf_counter()
-    for name in ("paper", "ours"):
-        targets[name] = cache_teacher_latents(
-            run.scratch / f"targets-{name}",
-            multistep[name],
-            pool,
-            cfg.endpoints,
-            steps=cfg.teacher_steps,
-            seed=noise_seed,
-            device=str(pick_device(p.device)),
-        )
-    calls = sum(map(len, targets.values())) * cfg.teacher_steps
+    targets = teacher_targets(run, multistep, pairs, noise_seed)
+    cached = sum(len(t) for t in targets.values() if isinstance(t, ChunkedTensors))
+    calls = cached * cfg.teacher_steps
     cost = dict(endpoint_calls=calls, endpoints_s=time.perf_counter() - begin)
     run.log(f"teacher latents: {calls} network calls in {cost['endpoints_s']:.0f} s")
     for name, recipe in student_recipes(cfg).items():
         begin = time.perf_counter()
         source = "paper" if name == "paper" else "ours"
         torch.manual_seed(p.seed)
-        students[name] = make_student(multistep[source], vae, pool, recipe)
+        students[name] = make_student(multistep[source], vae, pairs, recipe)
         run.log(f"student '{name}': {asdict(recipe)}")
         curves[name] = distill_to_one_step(
             students[name],
-            pool,
+            None if cfg.fresh_noise else pairs,
             targets[source],
             cfg=cfg,
             recipe=recipe,
@@ -164,28 +238,71 @@ def _settings(p: Profile) -> tuple:
     return p.onestep, p.eval, p.adapt.degradation, bundled
 
 
+def _regression_network(
+    run: Run, pool: PairPool, macs: int
+) -> tuple[RegressionNet, list[dict], float]:  # network, loss curve, seconds
+    "Train the L1 regression network of equal cost."
+    p = run.profile
+    torch.manual_seed(p.seed)
+    begin = time.perf_counter()
+    net = equal_cost_net(macs, p.data.patch // p.data.scale, scale=p.data.scale)
+    run.log(f"regression network of equal cost: {net.config.blocks} blocks")
+    curve = train_regression(net, pool, p.onestep, run.training("l1"))
+    save_weights(run.dir / "regression.safetensors", net)
+    return net, curve, time.perf_counter() - begin
+
+
+def _evaluate(
+    run: Run,
+    multistep: dict[str, SRModel],
+    students: dict[str, OneStepGenerator],
+    net: RegressionNet | None,
+    *,
+    vae: LatentAutoencoder,
+    side: int,  # HR pixels
+) -> tuple[list[dict], dict, dict]:
+    "Results of `evaluate_methods`; without back-projection where the profile has none."
+    p = run.profile
+    methods = make_methods(multistep, students, net, vae=vae, p=p, side=side)
+    if not p.onestep.consistency:
+        methods = [m for m in methods if not m.name.endswith(" + consistency")]
+    return evaluate_methods(methods, p, side, run.scratch / f"evaluation-{side}")
+
+
+def _multistep_models(artifact: Artifact, cfg: OneStepConfig) -> dict[str, SRModel]:
+    "All models of stage `adapt`. Raises `ValueError` where a student has none to start from."
+    found = artifact.results["variants"]
+    if missing := [name for name in cfg.students if name not in found]:
+        raise ValueError(
+            f"onestep.students: {missing[0]!r} needs the multi-step model of that name; add it to "
+            "adapt.variants"
+        )
+    return {name: load_multistep(artifact, name) for name in found}
+
+
 @stage("onestep", upstream=("teacher", "adapt"), config=_settings)
 def run_onestep(run: Run) -> dict:
     "Train one-step students and a regression network of equal cost, and evaluate all methods."
     p = run.profile
     cfg = p.onestep
     side = p.data.patch
+    factor = CONSISTENCY_FACTOR if cfg.consistency else 0
     vae = load_teacher(run.inputs["teacher"]).vae
-    multistep = {name: load_multistep(run.inputs["adapt"], name) for name in SR_VARIANTS}
-    pool = load_pair_pool(run.inputs["adapt"])
-    students, curves, cost = train_students(run, multistep, vae, pool)
-    macs = count_cost(students["ours"].cpu(), side)["macs"]
-    torch.manual_seed(p.seed)
-    begin = time.perf_counter()
-    net = equal_cost_net(macs, side // p.data.scale, scale=p.data.scale)
-    run.log(f"regression network of equal cost: {net.config.blocks} blocks")
-    curves["L1 regression"] = train_regression(net, pool, cfg, run.training("l1"))
-    cost["L1 regression_s"] = time.perf_counter() - begin
+    multistep = _multistep_models(run.inputs["adapt"], cfg)
+    pool = None
+    if cfg.regression or not cfg.fresh_noise:
+        pool = load_pair_pool(run.inputs["adapt"])
+    pairs = fresh_pairs(p, deepcopy(vae)) if cfg.fresh_noise else pool
+    students, curves, cost = train_students(run, multistep, vae, pairs)
+    net = None
+    if cfg.regression:
+        macs = count_cost(students[cfg.students[-1]].cpu(), side)["macs"]
+        net, curves["L1 regression"], cost["L1 regression_s"] = _regression_network(run, pool, macs)
     for name, generator in students.items():
         pipe = TOCSRPipeline.from_generator(
             generator.cpu(),
             p.data.scale,
-            CONSISTENCY_FACTOR,
+            factor,
             profile=p.name,
             degradation=p.adapt.degradation,
             loss=name,
@@ -195,14 +312,8 @@ def run_onestep(run: Run) -> dict:
         pipe.save_pretrained(run.dir / name)
     if cfg.compare_bundled:
         students["bundled"] = TOCSRPipeline.from_pretrained().network
-
-    def evaluate(side):
-        methods = make_methods(multistep, students, net, vae=vae, p=p, side=side)
-        return evaluate_methods(methods, p, side)
-
-    rows, images, values = evaluate(p.eval.crop)
-    small_rows, _, small_values = evaluate(side)
-    save_weights(run.dir / "regression.safetensors", net)
+    rows, images, values = _evaluate(run, multistep, students, net, vae=vae, side=p.eval.crop)
+    small_rows, _, small_values = _evaluate(run, multistep, students, net, vae=vae, side=side)
     save_weights(run.dir / "images.safetensors", images)
     write_json(run.dir / "curves.json", curves)
     return dict(
@@ -210,8 +321,9 @@ def run_onestep(run: Run) -> dict:
         values=values,
         training_size=dict(rows=small_rows, values=small_values),
         cost=cost,
-        blocks=net.config.blocks,
-        consistency_factor=CONSISTENCY_FACTOR,
+        students=list(cfg.students),
+        blocks=net.config.blocks if net else None,
+        consistency_factor=factor,
         degradation=p.eval.degradation,
         threads=torch.get_num_threads(),
     )

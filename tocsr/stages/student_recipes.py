@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from ..core.config import OneStepConfig
+from ..data.pair_streams import FreshPairs
 from ..data.pairs import PairPool
 from ..models.autoencoder import LatentAutoencoder
 from tocsr.models.generator import (
@@ -42,9 +43,12 @@ PAPER_RECIPE = StudentRecipe("the latent distance alone")
 
 # %% ../../nbs/tools/607_student_recipes.ipynb #47b3202b
 def student_recipes(cfg: OneStepConfig) -> dict[str, StudentRecipe]:
-    """The paper's recipe, the variants that `cfg.ablation` names, and ours.
+    """The paper's recipe, the variants of ours that `cfg.ablation` names, and ours.
 
-    Raises `ValueError` for an unknown variant."""
+    `cfg.students` selects the paper's, and ours with its variants. Raises `ValueError` for an
+    unknown student or variant."""
+    if not cfg.students or set(cfg.students) - {"paper", "ours"}:
+        raise ValueError(f"onestep.students: {cfg.students!r}; choose from 'paper' and 'ours'")
     ours = StudentRecipe(
         "all parts",
         loss_weights(cfg.losses),
@@ -70,7 +74,10 @@ def student_recipes(cfg: OneStepConfig) -> dict[str, StudentRecipe]:
         raise ValueError(
             f"onestep.ablation names {', '.join(unknown)}; choose from {', '.join(variants)}"
         )
-    return dict(paper=PAPER_RECIPE, **{name: variants[name] for name in cfg.ablation}, ours=ours)
+    chosen = dict(paper=PAPER_RECIPE) if "paper" in cfg.students else {}
+    if "ours" in cfg.students:
+        chosen |= {name: variants[name] for name in cfg.ablation} | dict(ours=ours)
+    return chosen
 
 # %% ../../nbs/tools/607_student_recipes.ipynb #54517f9e
 STATISTICS_PAIRS = 64  # pairs that normalization statistics are averaged over
@@ -79,7 +86,7 @@ STATISTICS_PAIRS = 64  # pairs that normalization statistics are averaged over
 def make_student(
     model: SRModel,  # multi-step
     vae: LatentAutoencoder,
-    pool: PairPool,  # a tileable student has the mean statistics of its first pairs
+    pool: PairPool | FreshPairs,  # a tileable student has the mean statistics of its first pairs
     recipe: StudentRecipe,
 ) -> OneStepGenerator:
     "Make a student from a copy of the multi-step model's weights."

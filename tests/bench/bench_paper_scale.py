@@ -1,0 +1,252 @@
+"""Rehearse profile `paper` at full width with random weights: seconds and peak memory per stage.
+
+python tests/bench/bench_paper_scale.py WORK_FOLDER --out tests/bench/paper_scale.json
+
+The checkpoints have the shapes of SD 1.5 (a UNet of 859.5 M parameters, a 4-channel autoencoder)
+and of FLUX's 16-channel autoencoder, and nothing is downloaded. Every stage takes two optimizer
+steps of every training, in a process of its own, so that peaks are separate. On a CPU crops are
+128 px and weights fp32 (20 GiB of memory, 30 GiB of disk, under an hour on two cores), on a CUDA
+device 512 px and bf16. A stage that has finished is not run again.
+
+The estimates are those of `tocsr plan`: memory from shapes, seconds from single passes of the
+networks that are measured before.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from paper_folders import FULL, THIN, rehearsal  # noqa: E402
+
+from tocsr.cli.plan import (  # noqa: E402
+    apply_rates,
+    bare_networks,
+    count_parts,
+    plan_stage,
+    stage_phases,
+    this_machine,
+)
+from tocsr.core import training  # noqa: E402
+from tocsr.core.config import Profile, get_profile  # noqa: E402
+from tocsr.core.files import write_json  # noqa: E402
+from tocsr.core.store import machine, run_stage  # noqa: E402
+from tocsr.search.fidelity import Fidelity  # noqa: E402
+
+STAGES = ("autoencoder", "teacher", "surrogates", "search", "compact", "adapt", "onestep")
+SURROGATES = ("R", "RA")  # the whole library's training needs 32 GiB
+
+
+def make_profile(folder: Path, device: str, thin: bool, patch: int | None = None) -> Profile:
+    "Profile `paper` on checkpoints with random weights in `folder`."
+    cuda = device == "cuda"
+    patch = patch or (512 if cuda else 64 if thin else 128)
+    changes = rehearsal(folder, THIN if thin else FULL, patch)
+    changes |= dict(device=device, mixed_precision="bf16" if cuda else "no", accumulation=1)
+    changes["surrogates"]["names"] = SURROGATES
+    if not cuda:
+        for name in ("teacher", "compact", "adapt", "onestep"):
+            changes[name]["ema"] = 0.0  # a moving average is one more copy of the weights
+    return get_profile("paper", **changes)
+
+
+class Stopwatch:
+    "Seconds of every training step and of every architecture's evaluation, by name."
+
+    def __init__(self, device: str, file: Path):
+        "Continue the record in `file`: a finished training is not repeated after an interruption."
+        self.device = device
+        self.file = file
+        record = json.loads(file.read_text()) if file.is_file() else {}
+        self.seconds: dict[str, list[float]] = record.get("seconds", {})
+        self.earlier_peak = record.get("peak_gib", 0.0)
+
+    @property
+    def peak(self) -> float:
+        "Peak memory in GiB, also of an interrupted attempt."
+        return max(self.earlier_peak, peak_gib(self.device))
+
+    def time(self, name: str, call):
+        "Call and record."
+        start = time.perf_counter()
+        result = call()
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        self.seconds.setdefault(name, []).append(time.perf_counter() - start)
+        write_json(self.file, dict(seconds=self.seconds, peak_gib=self.peak))
+        return result
+
+    def watch(self):
+        "Measure steps of `fit`, of FwKD and calls of `Fidelity`."
+        from tocsr.stages import feature_distillation
+
+        step = training._Training.step
+        fwkd = feature_distillation._distillation_step
+        fidelity = Fidelity.__call__
+
+        def timed_step(inner, index, loader):
+            name = inner.options.scratch.name
+            return self.time(name, partial(step, inner, index, loader))
+
+        def timed_fwkd(*args, **kwargs):
+            return self.time("FwKD", partial(fwkd, *args, **kwargs))
+
+        def timed_fidelity(inner, net):
+            return self.time("f_acc", partial(fidelity, inner, net))
+
+        training._Training.step = timed_step
+        feature_distillation._distillation_step = timed_fwkd
+        Fidelity.__call__ = timed_fidelity
+
+
+def peak_gib(device: str) -> float:
+    "Peak memory of this process, or of the device."
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def rehearse(stage: str, p: Profile, file: Path):
+    "Run one stage in this process and write its row."
+    watch = Stopwatch(p.device, file.with_suffix(".steps.json"))
+    watch.watch()
+    start = time.perf_counter()
+    artifact = run_stage(stage, p)
+    row = dict(
+        stage=stage,
+        wall_s=time.perf_counter() - start,
+        peak_gib=watch.peak,
+        seconds=watch.seconds,
+        key=artifact.key,
+    )
+    write_json(file, row)
+
+
+def run_stages(args, folder: Path) -> list[dict]:
+    "One process per stage; rows of stages that finished."
+    rows = []
+    for stage in STAGES:
+        file = folder / f"{stage}.json"
+        if not file.is_file():
+            command = [sys.executable, __file__, str(folder), "--stage", stage]
+            command += ["--device", args.device] + ["--thin"] * args.thin
+            env = os.environ | dict(TOCSR_RUNS=str(folder / "runs"))
+            if subprocess.run(command, env=env).returncode:
+                raise SystemExit(f"stage {stage} failed; the same command continues from it")
+        rows.append(json.loads(file.read_text()))
+        print(f"{stage}: {rows[-1]['wall_s']:.0f} s, {rows[-1]['peak_gib']:.1f} GiB", flush=True)
+    return rows
+
+
+def estimate(p: Profile, log=print) -> dict[str, dict]:
+    """Memory and seconds of the steps that the stopwatch measures, as `tocsr plan` counts them.
+
+    Passes are measured on this machine, before or after the stages and never during them.
+    """
+    networks = bare_networks(p, p.unet.checkpoint)
+    machine = this_machine(p, networks, log)
+    machine = replace(machine, processes=1)
+    parts = apply_rates(count_parts(p, networks, machine.device), networks, machine.rates)
+    found = {}
+    for stage in STAGES:
+        phases = stage_phases(stage, p, parts, networks, machine)
+        steps = [f for f in phases if f.trained or stage == "search"]
+        memory = plan_stage(stage, phases, p, parts, machine).memory_gib
+        seconds = 3600 * plan_stage(stage, steps, p, parts, machine).hours
+        found[stage] = dict(peak_gib=memory, steps_s=seconds)
+    return found
+
+
+COLUMNS = (
+    "stage",
+    "peak GiB",
+    "estimate",
+    "ratio",
+    "seconds of its steps",
+    "estimate",
+    "ratio",
+    "wall s",
+)
+
+
+def step_seconds(row: dict) -> float:
+    "Seconds of all steps of a stage; of a training, the second step counts for the first."
+    per_step = ("f_acc",)  # every call is another network
+    return sum(
+        sum(v) if name in per_step or len(v) < 2 else len(v) * min(v[1:])
+        for name, v in row["seconds"].items()
+        if name != "f_acc" or row["stage"] == "search"
+    )
+
+
+def markdown(result: dict) -> str:
+    "One line per stage: measured, estimated, estimated over measured."
+    lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+    for row in result["rows"]:
+        plan = result["plan"][row["stage"]]
+        steps = step_seconds(row)
+        memory = plan["peak_gib"] / row["peak_gib"]
+        lines.append(
+            f"| {row['stage']} | {row['peak_gib']:.1f} | {plan['peak_gib']:.1f} | {memory:.2f} "
+            f"| {steps:.1f} | {plan['steps_s']:.1f} | {plan['steps_s'] / steps:.2f} "
+            f"| {row['wall_s']:.0f} |"
+        )
+    m = result["machine"]
+    where = m["gpu"] or f"{m['cpu']}, {m['cores']} cores, {m['threads']} threads"
+    lines += ["", f"{where}; crops of {result['patch']} px; commit {result['commit']}."]
+    return "\n".join(lines) + "\n"
+
+
+def commit() -> str:
+    "Commit of the code, marked if files differ from it."
+    git = partial(subprocess.run, cwd=ROOT, capture_output=True, text=True)
+    changed = "+" if git(["git", "status", "--porcelain", "tocsr"]).stdout.strip() else ""
+    return git(["git", "rev-parse", "--short", "HEAD"]).stdout.strip() + changed
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="checkpoints and results; keep it to continue")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
+    parser.add_argument("--thin", action="store_true", help="a tenth of the width, to test this")
+    parser.add_argument("--out", type=Path, help="JSON; a Markdown table is written next to it")
+    parser.add_argument("--stage", choices=STAGES, help="this stage alone, in this process")
+    args = parser.parse_args()
+    folder = args.folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    p = make_profile(folder, args.device, args.thin)
+    if args.stage:
+        rehearse(args.stage, p, folder / f"{args.stage}.json")
+        return
+    rows = run_stages(args, folder)
+    result = dict(
+        device=args.device,
+        machine=machine(),
+        commit=commit(),
+        patch=p.data.patch,
+        rows=rows,
+        plan=estimate(p),
+    )
+    print(markdown(result))
+    if args.out:
+        write_json(args.out, result)
+        args.out.with_suffix(".md").write_text(markdown(result))
+
+
+if __name__ == "__main__":
+    main()
