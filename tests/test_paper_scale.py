@@ -163,7 +163,7 @@ def test_two_processes(script, tmp_path):
     for name in STAGES:
         (folder,) = (tmp_path / name).iterdir()
         meta = json.loads((folder / "meta.json").read_text())
-        assert meta["processes"] == (1 if name == "search" else 2)
+        assert meta["processes"] == 2
         assert all((folder / f).is_file() for f in meta["files"])
     (student,) = (tmp_path / "onestep").glob("*/paper")
     assert all(

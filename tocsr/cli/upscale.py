@@ -10,6 +10,7 @@ import os
 import sys
 import time
 import warnings
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -334,6 +335,7 @@ def upscale_all(
     note: str = "",  # of every result
     quiet: bool = False,  # standard output is for an image
     as_json: bool = False,
+    other: Counter | None = None,  # of `count_other_files`
     **how,  # of `upscale_files`
 ) -> bool:
     "Upscale, print each result and a summary, also when interrupted; True if none failed."
@@ -350,7 +352,7 @@ def upscale_all(
             _report(o, quiet=quiet, as_json=as_json, bar=bar)
     finally:
         bar.close()
-        s = count_results(outcomes, len(jobs), time.perf_counter() - start)
+        s = count_results(outcomes, len(jobs), time.perf_counter() - start, other)
         typer.echo(json.dumps(dict(summary=s)) if as_json else format_summary(s), err=not as_json)
     return not s["failed"]
 
@@ -416,13 +418,12 @@ def run_upscale(
     "Run `tocsr upscale`; True if no image failed."
     _check_early(inputs, out, scale=scale, as_json=as_json)
     pipe, model_hash = open_model(model, device, dtype=dtype, threads=threads)
-    from tocsr.inference.batch import finished_jobs
+    from tocsr.inference.batch import count_other_files, finished_jobs, silence_decoders
     from tocsr.inference.image_files import UsageError
 
+    silence_decoders()
     passes = plan_passes(scale, pipe.scale)
-    seed = sampling.pop("seed")
     call = call_arguments(pipe, passes, tile=tile, consistency=consistency, **sampling)
-    call["seed"] = seed
     reading = reading_options(quality, max_mpixel, passes, pipe.scale)
     settings = call | dict(scale=passes, dtype=dtype, model=model_hash, quality=reading["quality"])
     try:
@@ -443,6 +444,7 @@ def run_upscale(
         note=note,
         quiet=out == "-",
         as_json=as_json,
+        other=count_other_files(inputs),
         log=log,
         done=done,
         settings=settings,
