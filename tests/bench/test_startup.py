@@ -35,7 +35,7 @@ def ratio(command: list[str], reference: list[str], repeats: int = 3) -> float:
 
 
 def test_help_is_light():
-    assert ratio(HELP, NOTHING) < 15
+    assert ratio(HELP, NOTHING) < 20  # half a second where python -c pass takes 25 ms
 
 
 def test_the_pipelines_import_adds_little_to_diffusers():
