@@ -211,8 +211,7 @@ def run_teacher(run: Run) -> dict:
     save_teacher(teacher, run.dir / "teacher")
     write_json(run.dir / "curves.json", curves)
     save_weights(run.dir / "held_out.safetensors", dict(latents=held))
-    samples = sample_latents(teacher, linear, held, device=device)
-    save_weights(run.dir / "samples.safetensors", samples)
+    save_weights(run.dir / "samples.safetensors", sample_latents(teacher, linear, held))
     return dict(
         **rows,
         ratio=evaluate_against_linear(

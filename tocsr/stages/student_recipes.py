@@ -11,7 +11,8 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from ..core.config import OneStepConfig
-from ..data.pairs import FreshPairs, PairPool
+from ..data.pair_streams import FreshPairs
+from ..data.pairs import PairPool
 from ..models.autoencoder import LatentAutoencoder
 from tocsr.models.generator import (
     OneStepGenerator,
