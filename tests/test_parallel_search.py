@@ -212,7 +212,7 @@ def test_draws_of_pending_follow_the_posterior_of_the_structured_model():
 # --- workers in threads
 
 
-def work(problem, tmp_path, method="random", budget=12, workers=3, timeout=2.0, **options):
+def work(problem, tmp_path, method="random", budget=12, workers=3, timeout=20.0, **options):
     "Workers in threads with logs of their own; returns the evaluations on disk."
 
     def run():
