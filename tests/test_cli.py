@@ -305,17 +305,19 @@ def test_the_module_and_its_options():
     assert run("--version").stdout == f"tocsr {tocsr.__version__}\n"
 
 
+def run_python(code: str) -> subprocess.CompletedProcess:
+    "Run code in a process of its own that imports this checkout."
+    environment = os.environ | dict(PYTHONPATH=str(ROOT))
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
 def test_help_loads_no_heavy_library():
     code = (
         "import sys\nfrom tocsr.cli.main import app\napp(['--help'], standalone_mode=False)\n"
         "assert not {'torch', 'numpy', 'diffusers', 'PIL'} & set(sys.modules)"
     )
-    r = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        env=os.environ | dict(PYTHONPATH=str(ROOT)),
-    )
+    r = run_python(code)
     assert r.returncode == 0, r.stderr
 
 
@@ -688,12 +690,7 @@ def test_loading_is_announced_before_torch_is_imported(tmp_path):
         "sys.meta_path.insert(0, Stop())\n"
         "from tocsr.cli.main import app\napp(['upscale', 'a.png'])"
     )
-    r = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        env=os.environ | dict(PYTHONPATH=str(ROOT)),
-    )
+    r = run_python(code)
     assert r.stderr.splitlines() == ["tocsr: loading model", "tocsr: torch is being imported"]
 
 

@@ -212,7 +212,7 @@ def test_draws_of_pending_follow_the_posterior_of_the_structured_model():
 # --- workers in threads
 
 
-def work(problem, tmp_path, method="random", budget=12, workers=3, timeout=20.0, **options):
+def work(problem, tmp_path, method="random", budget=12, workers=3, timeout=2.0, **options):
     "Workers in threads with logs of their own; returns the evaluations on disk."
 
     def run():
@@ -303,6 +303,18 @@ def test_an_interrupted_worker_gives_its_architecture_back(tmp_path):
     assert len(done) == 8 and time.monotonic() - start < 20
 
 
+def test_a_long_proposal_of_another_worker_ends_no_lease(tmp_path):
+    "Proposals are made under the lock of the table, so a heartbeat must not wait for it."
+    table, other = (LeaseTable(tmp_path / "leases.json", timeout=0.5) for _ in range(2))
+    row = dict(arch=[0], runs=[], attempts=0, failed_on=[])
+    with table.heartbeat(), other.update():
+        table.claim(row)
+        assert other.is_alive(row)
+        time.sleep(1.0)
+        assert other.is_alive(row)
+    assert not list(tmp_path.glob(".leases.json.*-*"))
+
+
 def test_a_worker_that_lost_its_lease_adds_nothing(tmp_path):
     problem = synthetic_problem(3, 2, "weak", 0)
     log = EvaluationLog(tmp_path / "e.jsonl", "s")
@@ -332,7 +344,7 @@ def test_a_lease_lives_as_long_as_its_heartbeat(tmp_path):
         with other.update() as rows:
             return other.is_alive(rows[0])
 
-    with table.heartbeat((0,)):
+    with table.heartbeat():
         states = []
         for _ in range(8):
             states.append(alive())

@@ -11,6 +11,8 @@ from typing import Annotated
 
 import typer
 
+from .terminal import ChoiceError
+
 # %% auto #0
 __all__ = []
 
@@ -20,8 +22,6 @@ _UNITS = dict(K=1e3, M=1e6, G=1e9, T=1e12)
 
 def parse_quantity(text: str | None, option: str) -> float | None:
     "The number that `130M` or `12.5G` stands for; raises `ChoiceError` for anything else."
-    from tocsr.cli.reproduce import ChoiceError
-
     if text is None:
         return None
     m = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)", text.strip(), re.IGNORECASE)
@@ -33,8 +33,6 @@ def parse_quantity(text: str | None, option: str) -> float | None:
 def _set_options(rows: list[str]) -> dict:
     "Nested settings from `compact.steps=2000`; values are read as Python literals where they are."
     import ast
-
-    from tocsr.cli.reproduce import ChoiceError
 
     settings: dict = {}
     for row in rows:

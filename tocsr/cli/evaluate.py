@@ -12,39 +12,17 @@ from typing import Annotated
 
 import typer
 
+from .terminal import ChoiceError, resolve_device
+
 # %% auto #0
 __all__ = ['register_commands']
 
 # %% ../../nbs/tools/705_eval_commands.ipynb #ab157c48
-def _choice_error(text: str) -> Exception:
-    "An error with exit code 2."
-    from tocsr.cli.reproduce import ChoiceError
-
-    return ChoiceError(text)
-
-
-def _device_name(name: str) -> str:
-    "The name of a device. Raises `ChoiceError` when torch cannot use it here."
-    import torch
-
-    from tocsr.core.runtime import pick_device
-
-    try:
-        device = pick_device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as e:
-        reason = " ".join(str(e).split())[:120]
-        raise _choice_error(
-            f"device {name!r} is not available here ({reason}); use auto or cpu"
-        ) from e
-    return str(device)
-
-
 def _named_folder(text: str) -> tuple[str, Path]:
     "Name and folder of NAME=FOLDER."
     name, sign, folder = text.partition("=")
     if not (name and sign and folder):
-        raise _choice_error(f"--results {text!r}: write NAME=FOLDER")
+        raise ChoiceError(f"--results {text!r}: write NAME=FOLDER")
     return name, Path(folder)
 
 
@@ -65,7 +43,7 @@ def _crop(text: str) -> tuple[int, tuple[int, int, int]]:
     "Image index and crop of NUMBER:LEFT,TOP,SIDE; raises `ChoiceError` for anything else."
     m = re.fullmatch(r"(\d+):(\d+),(\d+),(\d+)", text.replace(" ", ""))
     if not m or m[1] == "0":
-        raise _choice_error(f"--crop {text!r}: write NUMBER:LEFT,TOP,SIDE, as in 1:128,64,128")
+        raise ChoiceError(f"--crop {text!r}: write NUMBER:LEFT,TOP,SIDE, as in 1:128,64,128")
     number, left, top, side = map(int, m.groups())
     return number - 1, (left, top, side)
 
@@ -86,7 +64,7 @@ def _known(what: str, given: list[str], valid) -> None:
     "Raise `ChoiceError` for a name that is not among `valid`."
     for name in given:
         if name not in valid:
-            raise _choice_error(f"unknown {what} {name!r}; choose from {', '.join(valid)}")
+            raise ChoiceError(f"unknown {what} {name!r}; choose from {', '.join(valid)}")
 
 # %% ../../nbs/tools/705_eval_commands.ipynb #8ef1aa3f
 TestSetName = Annotated[
@@ -179,12 +157,12 @@ def _check_set_choice(dataset: str | None, hr: Path | None, lr: Path | None, *, 
     from tocsr.evaluation.test_sets import TEST_SETS
 
     if (dataset is None) == (hr is None):
-        raise _choice_error("give a test set: either --dataset NAME or --pairs HR [LR]")
+        raise ChoiceError("give a test set: either --dataset NAME or --pairs HR [LR]")
     _known("test set", [dataset] if dataset else [], TEST_SETS)
     if dataset and (lr or kind):
-        raise _choice_error("a folder LR and --degradation belong to --pairs")
+        raise ChoiceError("a folder LR and --degradation belong to --pairs")
     if lr and kind:
-        raise _choice_error("--degradation makes LR images, but the folder LR is given")
+        raise ChoiceError("--degradation makes LR images, but the folder LR is given")
     _known("degradation", [kind] if kind else [], DEGRADATIONS)
 
 
@@ -249,9 +227,9 @@ def eval_command(
     _known("metric", names, METRICS)
     _check_set_choice(dataset, pairs, lr, kind=degradation)
     if not names:
-        raise _choice_error(f"no metric given; choose from {', '.join(METRICS)}")
+        raise ChoiceError(f"no metric given; choose from {', '.join(METRICS)}")
     cases = _grid_crops(save_grid, crop or [])
-    where = "cpu" if device == "cpu" else _device_name(device)
+    where = "cpu" if device == "cpu" else str(resolve_device(device))
     given = [_named_folder(r) for r in results or []]
     models = _open_models(model or [], default=not given, device=where)
     options = dict(root=root, verify=not unverified, download=download, scale=scale)
@@ -268,9 +246,9 @@ def _grid_crops(file: Path | None, crops: list[str]) -> list:
     "Crops that the comparison grid shows; raises `ChoiceError` for a wrong crop or file name."
     cases = [_crop(c) for c in crops]
     if file and file.suffix.lower() not in (".png", ".jpg", ".jpeg", ".pdf"):
-        raise _choice_error(f"--save-grid {file}: choose a name that ends in .png, .jpg or .pdf")
+        raise ChoiceError(f"--save-grid {file}: choose a name that ends in .png, .jpg or .pdf")
     if cases and not file:
-        raise _choice_error("--crop selects what --save-grid shows: give both")
+        raise ChoiceError("--crop selects what --save-grid shows: give both")
     return cases
 
 
@@ -304,7 +282,7 @@ def _numbers(text: str, what: str) -> list[int]:
     "Positive whole numbers separated by commas; raises `ChoiceError` for anything else."
     parts = text.split(",")
     if not all(p.strip().isdigit() and int(p) for p in parts):
-        raise _choice_error(f"{what} {text!r}: give whole numbers above 0, separated by commas")
+        raise ChoiceError(f"{what} {text!r}: give whole numbers above 0, separated by commas")
     return [int(p) for p in parts]
 
 
@@ -389,11 +367,11 @@ def export_command(
     "Export a model as one ONNX file, and compare it with the original."
     _known("format", [format], ("onnx",))
     if file.suffix.lower() != ".onnx":
-        raise _choice_error(f"{file}: choose a name that ends in .onnx")
+        raise ChoiceError(f"{file}: choose a name that ends in .onnx")
     if file.exists() and not overwrite:
-        raise _choice_error(f"{file} exists; --overwrite replaces it")
+        raise ChoiceError(f"{file} exists; --overwrite replaces it")
     if not file.absolute().parent.is_dir():
-        raise _choice_error(f"no folder {file.parent}; create it first")
+        raise ChoiceError(f"no folder {file.parent}; create it first")
     from tocsr.inference.onnx_export import check_onnx, export_onnx
     from tocsr.inference.pipeline import TOCSRPipeline
 

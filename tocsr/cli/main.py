@@ -125,11 +125,6 @@ def main(debug: Debug = False, version: Version = False):
     "Image super-resolution with TOC-SR, and the reproduction of its paper."
 
 
-def _choice_error(text: str) -> Exception:
-    "An error with exit code 2."
-    return ChoiceError(text)
-
-
 def _warn_deprecated(flag: str, instead: str):
     "Say on stderr that a flag of an earlier version was used."
     typer.echo(f"tocsr: {flag} is deprecated and will be removed: use {instead}", err=True)
@@ -144,7 +139,7 @@ def _consistency(factor: int | None, *, clean: bool, weak: bool) -> int | None:
         if not given:
             continue
         if factor not in (None, value):
-            raise _choice_error(
+            raise ChoiceError(
                 f"{flag} means --consistency {value}, but --consistency {factor} is given"
             )
         _warn_deprecated(flag, f"--consistency {value}")
@@ -335,7 +330,7 @@ def _set_time_limit(text: str):
     try:
         seconds = parse_duration(text)
     except ValueError as e:
-        raise _choice_error(f"--time-limit: {e}") from e
+        raise ChoiceError(f"--time-limit: {e}") from e
     os.environ["TOCSR_TIME_LIMIT"] = text
     os.environ["TOCSR_DEADLINE"] = str(time.time() + seconds)
 
@@ -401,7 +396,7 @@ def reproduce_command(
     p = requested_profile(profile, way, source)
     root = reproduce.repository()
     if save and (p.name != "cpu" or p.way != default_way(p.name)):
-        raise _choice_error(f"the committed notebooks show profile cpu, not {p.name}")
+        raise ChoiceError(f"the committed notebooks show profile cpu, not {p.name}")
     options = dict(only=only, first=first, force=force, data_dir=source, out=out)
     options["parameters"] = dict(map(reproduce.parse_parameter, parameter or []))
     done = []

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import typer
 
-from .terminal import ChoiceError, require_stream
+from .terminal import ChoiceError, require_stream, resolve_device
 
 # %% auto #0
 __all__ = ['FolderLogs', 'plan_beside', 'open_logs', 'without_results', 'upscale_all', 'default_output', 'run_upscale']
@@ -160,23 +160,6 @@ def factor_tag(passes: list[float]) -> str:
 
 # %% ../../nbs/tools/708_upscale_command.ipynb #27522959
 DTYPES = ("fp32", "bf16", "fp16")
-
-
-def resolve_device(name: str):
-    "The device of that name; raises `ChoiceError` when torch cannot use it here."
-    import torch
-
-    from tocsr.core.runtime import pick_device
-
-    try:
-        device = pick_device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as e:
-        reason = " ".join(str(e).split())[:120]
-        raise ChoiceError(
-            f"device {name!r} is not available here ({reason}); use auto or cpu"
-        ) from e
-    return device
 
 
 def check_dtype(name: str, device: str):

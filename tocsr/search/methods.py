@@ -70,7 +70,15 @@ def get_search_method(name: str) -> SearchMethod:
         raise SearchError(f"unknown method {name!r}; choose one of {', '.join(SEARCH_METHODS)}")
     return SEARCH_METHODS[name]
 
+# %% ../../nbs/tools/305_search_methods.ipynb #cbb2f1u1
+def get_usable_method(name: str) -> SearchMethod:
+    "The registered method `name`; raises `SearchError` when a package that it needs is missing."
+    method = get_search_method(name)
+    if method.unavailable:
+        raise SearchError(method.unavailable)
+    return method
 
+# %% ../../nbs/tools/305_search_methods.ipynb #cbb2f1u2
 def run_method(
     name: str,
     problem: SearchProblem,
@@ -83,9 +91,7 @@ def run_method(
 ) -> list[Evaluation]:
     "`budget` evaluations by a registered method; raises `SearchError` when it cannot run."
     eps = check_grid(eps)
-    method = get_search_method(name)
-    if method.unavailable:
-        raise SearchError(method.unavailable)
+    method = get_usable_method(name)
     budget_per_run = budget // len(eps) if method.per_eps else budget
     return method.run(problem, eps, budget_per_run, seed=seed, log=log, initial=initial)
 

@@ -23,7 +23,7 @@ from filelock import FileLock
 from ..core.distributed import rank, run_on_main, wait_for_all, world_size
 from ..core.files import write_json
 from .log import Evaluation, EvaluationLog, Proposals, Trials
-from .methods import get_search_method, run_method
+from .methods import get_usable_method, run_method
 from .space import SearchError, SearchProblem, check_grid
 
 # %% auto #0
@@ -76,9 +76,7 @@ def search_runs(
 ) -> list[SearchRun]:
     "The runs of a registered method; raises `SearchError` if it cannot run in parallel."
     eps = check_grid(eps)
-    method = get_search_method(name)
-    if method.unavailable:
-        raise SearchError(method.unavailable)
+    method = get_usable_method(name)
     if method.propose is None:
         raise SearchError(f"method {name!r} has no generator of proposals; use search.parallel = 1")
     log = EvaluationLog() if log is None else log
@@ -109,11 +107,11 @@ class LeaseTable:
         self.path = Path(path)
         self.timeout = timeout
         self.worker = f"{socket.gethostname()}-{os.getpid()}-{os.urandom(4).hex()}"
-        self._seen: dict[str, tuple] = {}  # lease -> (worker, beats, when they were first seen)
+        self._seen: dict[str, tuple] = {}  # worker -> its last heartbeat, when it was first seen
 
     @contextmanager
     def update(self) -> Iterator[list[dict]]:
-        """Rows that the block may change: arch, runs, worker, beats, attempts, failed_on, error.
+        """Rows that the block may change: arch, runs, worker, attempts, failed_on.
 
         `worker` is None when the lease is free.
         """
@@ -130,31 +128,43 @@ class LeaseTable:
         if row["worker"] is None:
             return False
         now = time.monotonic()
-        key = str(row["arch"])
-        state = (row["worker"], row["beats"])
-        if self._seen.get(key, (None,))[0] != state:
-            self._seen[key] = (state, now)
-        return now - self._seen[key][1] < self.timeout
+        worker = row["worker"]
+        file = self._heartbeat_file(worker)
+        beat = file.read_text() if file.is_file() else ""
+        if worker not in self._seen or self._seen[worker][0] != beat:
+            self._seen[worker] = (beat, now)
+        return now - self._seen[worker][1] < self.timeout
 
     def claim(self, row: dict) -> None:
         "Take a free row."
-        row.update(worker=self.worker, beats=row.get("beats", 0) + 1)
+        row["worker"] = self.worker
 
     def find(self, rows: list[dict], arch: tuple[int, ...]) -> dict | None:
         "The row of an architecture."
         return next((row for row in rows if tuple(row["arch"]) == arch), None)
 
+    def _heartbeat_file(self, worker: str) -> Path:
+        return self.path.with_name(f".{self.path.name}.{worker}")
+
+    def remove_heartbeat(self, worker: str) -> None:
+        "Remove the heartbeat of a worker that has stopped."
+        self._heartbeat_file(worker).unlink(missing_ok=True)
+
     @contextmanager
-    def heartbeat(self, arch: tuple[int, ...]) -> Iterator[None]:
-        "Renew this worker's lease from a thread while the block runs."
+    def heartbeat(self) -> Iterator[None]:
+        """Renew this worker's leases from a thread while the block runs.
+
+        The thread does not wait for the lock: another worker may hold it longer than the timeout
+        while it proposes.
+        """
         stop = threading.Event()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
 
         def beat():
-            while not stop.wait(self.timeout / 5):
-                with self.update() as rows:
-                    row = self.find(rows, arch)
-                    if row and row["worker"] == self.worker:
-                        row["beats"] += 1
+            while True:
+                self._heartbeat_file(self.worker).write_text(str(time.time_ns()))
+                if stop.wait(self.timeout / 5):
+                    return
 
         thread = threading.Thread(target=beat, daemon=True)
         thread.start()
@@ -163,6 +173,7 @@ class LeaseTable:
         finally:
             stop.set()
             thread.join()
+            self.remove_heartbeat(self.worker)
 
 # %% ../../nbs/tools/310_parallel_search.ipynb #9d32f73e
 class Worker:
@@ -177,6 +188,10 @@ class Worker:
 
     def run(self) -> None:
         "Work until every run is finished, here or elsewhere."
+        with self.table.heartbeat():
+            self._work()
+
+    def _work(self) -> None:
         while True:
             with self.table.update() as rows:
                 arch = self._take(rows)
@@ -191,8 +206,7 @@ class Worker:
     def _evaluate(self, arch: tuple[int, ...]) -> None:
         start = time.perf_counter()
         try:
-            with self.table.heartbeat(arch):
-                f_acc, error = self.problem.evaluate(arch)
+            f_acc, error = self.problem.evaluate(arch)
         except BaseException:  # interrupted, not failed
             with self.table.update() as rows:
                 row = self._own_row(rows, arch)
@@ -223,6 +237,7 @@ class Worker:
             if self.table.is_alive(row):
                 continue
             if row["worker"] is not None:
+                self.table.remove_heartbeat(row["worker"])
                 self._fail(rows, row, f"the process {row['worker']} stopped")
                 if row not in rows:
                     continue
