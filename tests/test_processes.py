@@ -297,7 +297,7 @@ def test_a_world_size_that_a_cluster_left_behind_is_an_error(tmp_path):
     assert child.returncode == 1 and "'four'" in err.strip().splitlines()[-1]
 
 
-def test_processes_that_nobody_started_are_not_awaited_forever(monkeypatch, capfd):
+def test_processes_that_were_never_started_are_not_awaited(monkeypatch, capfd):
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
     for name, value in dict(RANK=0, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1").items():
         monkeypatch.setenv(name, str(value))
