@@ -1,8 +1,11 @@
 # make reproduce [PROFILE=cpu]   install into .venv, run every notebook, write tables and figures
 # make test                      all checks, in an environment of its own (build/test)
-# make lint                      ruff on notebooks and tests, without changing them
+# make lint                      ruff on notebooks, tests and docs, without changing them
 # make format                    ruff formats notebooks and tests; exports the library again
+# make docs                      the documentation site: build/docs/index.html
 # make test-lowest               inference tests with the lowest versions that pyproject.toml allows
+# make test-demo                 tests of the two pages, with gradio and Chromium
+# make try                       the page that upscales in the browser: build/try, for any web host
 # make clean                     remove what tests and builds made; .venv and runs/ stay
 PROFILE ?= cpu
 VENV    ?= .venv
@@ -14,7 +17,7 @@ SHELL   := /bin/sh
 MAKEFLAGS += --no-print-directory
 unexport PYTHONPATH
 .PHONY: help reproduce lint format clean test test-install test-lint test-export test-notebooks \
-	test-pytest test-wheel test-lowest
+	test-pytest test-wheel test-lowest test-demo try docs
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -47,14 +50,18 @@ reproduce: $(VENV)/.installed
 	@$(VENV)/bin/tocsr reproduce --profile $(PROFILE)
 
 # $(call ruff,folder of the environment's programs)
-ruff = $(1)/ruff format --check nbs tests && $(1)/ruff check nbs tests tocsr
+ruff = $(1)/ruff format --check nbs tests docs && $(1)/ruff check nbs tests docs tocsr
 
 lint: $(VENV)/.installed
 	@$(call ruff,$(VENV)/bin)
 
 format: $(VENV)/.installed
-	@$(VENV)/bin/ruff check --fix nbs tests; $(VENV)/bin/ruff format nbs tests
+	@$(VENV)/bin/ruff check --fix nbs tests docs; $(VENV)/bin/ruff format nbs tests docs
 	@$(VENV)/bin/nbdev_export && $(VENV)/bin/nbdev_clean
+
+try: $(VENV)/.installed
+	@$(call install,$(VENV)/bin/python,onnx) && mkdir -p build \
+	&& $(VENV)/bin/tocsr export web build/try --overwrite
 
 # Everything below happens in build/: environments, a run store and copies of its own.
 T    := $(CURDIR)/build/test
@@ -99,6 +106,19 @@ test-wheel:
 	&& $(PY) -m pip --python $(WHEEL) check && cp tests/installed.py $(T)/dist \
 	&& (cd $(T)/dist && $(WHEEL) installed.py))
 
+# gradio requires an older Pillow than constraints.txt pins: both go into an environment of their own
+# that sees the packages of the first one.
+D    := $(CURDIR)/build/demo
+test-demo: SITE = import sysconfig; print(sysconfig.get_path("purelib"))
+test-demo:
+	$(call timed,demo,{ test -x $(PY) || $(MAKE) test-install; } && mkdir -p $(D) \
+	&& $(call venv,$(D)/venv) \
+	&& $(PY) -c '$(SITE)' > $$($(D)/venv/bin/python -c '$(SITE)')/tested.pth \
+	&& grep -v -i '^pillow==' constraints.txt > $(D)/constraints.txt \
+	&& $(D)/venv/bin/python $(PIP) -c $(D)/constraints.txt -e '.[demo]' \
+	&& $(ENV) TOCSR_RUNS=$(D)/runs $(D)/venv/bin/python -m pytest -p no:cacheprovider \
+	tests/test_demo.py tests/test_web_page.py)
+
 L    := $(CURDIR)/build/lowest
 test-lowest:
 	$(call timed,lowest versions,mkdir -p $(L) && $(call venv,$(L)/venv) \
@@ -106,6 +126,18 @@ test-lowest:
 	&& $(L)/venv/bin/python $(PIP) -c $(L)/constraints.txt -e . pytest \
 	&& TOCSR_RUNS=$(L)/runs $(L)/venv/bin/python -m pytest -p no:cacheprovider \
 	tests/test_pipeline.py tests/test_upscale.py)
+
+# A site of the notebooks as committed and of docstrings: it needs none of the library's requirements,
+# so its environment holds the extra `docs` alone. Warnings, such as of a broken link, are errors.
+S      := $(CURDIR)/build/docs-venv
+SPHINX  = $(S)/bin/python -m sphinx -q -W --keep-going -j $(JOBS) -c docs
+DOCS    = import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+	print(*project["optional-dependencies"]["docs"])
+docs:
+	$(call timed,docs,$(call venv,$(S)) \
+	&& $(S)/bin/python $(PIP) -c constraints.txt $$($(S)/bin/python -c '$(DOCS)') \
+	&& $(S)/bin/python docs/pages.py build/docs-source \
+	&& $(SPHINX) -d build/docs-cache build/docs-source build/docs)
 
 clean:
 	rm -rf build dist *.egg-info .ruff_cache .pytest_cache _docs _proc

@@ -8,7 +8,7 @@ from torch import nn
 
 from tocsr.core.config import UNetConfig
 from tocsr.core.store import TrainOptions
-from tocsr.evaluation.drawings import draw_architecture, draw_library
+from tocsr.evaluation.drawings import draw_architecture, draw_architectures, draw_library
 from tocsr.models.architecture import (
     BLOCK_TYPES,
     PAPER_ARCHITECTURE,
@@ -202,17 +202,23 @@ def test_drawings_show_every_block():
             ("Mid", "RAR", 1_240_000),
             ("Mid", "R", 430_000),
             ("D1", "RARARA", 200_000),
-            ("D1", "RAA", 90_000),
             ("D1", "R", 30_000),
+            ("D1", "RAA", 90_000),
         ]
     ]
     fig = draw_library(rows, removable=("Mid",))
     assert [a.get_title() for a in fig.axes] == ["E1", "Mid", "D1"]
-    assert {"1.24 M", "removed"} <= {t.get_text() for t in fig.axes[1].texts}
+    assert {"1.24 M", "430 k"} <= {t.get_text() for t in fig.axes[1].texts}
     assert len(fig.axes[2].patches) == 10
-    assert [t.get_text() for t in fig.legends[0].get_texts()] == [
-        t.title for t in BLOCK_TYPES.values()
+    entries = [t.get_text() for t in fig.legends[0].get_texts()]
+    assert entries == [
+        *(t.title for t in BLOCK_TYPES.values()),
+        "low box: reduced width",
+        "removed",
     ]
+    sizes = [t.get_text() for t in fig.axes[2].texts if t.get_text().endswith(" k")]
+    assert sizes == ["200 k", "90 k", "30 k"]  # the teacher, then surrogates from large to small
+    assert {"teacher", "surrogates"} <= {t.get_text() for t in fig.axes[0].texts}
 
     found = Architecture.parse(PAPER_ARCHITECTURE).by_stage
     ax = draw_architecture(found, {n: 100_000 for n in found}, "title").axes[0]
@@ -221,3 +227,10 @@ def test_drawings_show_every_block():
     assert (
         sum(getattr(t, "arrow_patch", None) is not None for t in ax.texts) == 3
     )  # three levels left, three skips
+
+    other = Architecture.parse("[R-R-R]-[R-R-RA]").by_stage
+    fig = draw_architectures({"the paper's": found, "other": other})
+    assert [a.get_title() for a in fig.axes] == ["the paper's", "other"]
+    assert [len(a.patches) for a in fig.axes] == [9 + 2, 7 + 2]  # D2 and D1 differ and have frames
+    entries = [t.get_text() for t in fig.legends[0].get_texts()]
+    assert entries[-2:] == ["removed", "differs"]

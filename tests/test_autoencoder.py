@@ -222,7 +222,7 @@ def test_the_paper_s_latents_need_no_covariance_of_all_values():
 @pytest.mark.parametrize(
     "kind, side, expected", [("auto", 8, "full"), ("auto", 48, "frequency"), ("frequency", 8, None)]
 )
-def test_the_profile_names_the_yardstick(kind, side, expected):
+def test_the_profile_names_the_linear_baseline(kind, side, expected):
     maps = [torch.randn(4, 60, 60, generator=torch.Generator().manual_seed(i)) for i in range(4)]
     latents = CachedLatents(maps, 8)
     held = latents.crops(8, side, torch.Generator().manual_seed(0))

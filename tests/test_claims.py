@@ -234,7 +234,7 @@ def test_the_ratios_are_not_called_reproduced_because_no_network_has_both():
     "v1, v2, v3, status",
     ((0.82, 0.40, 0.84, "partial"), (0.74, 0.40, 0.84, "differs"), (0.82, 0.50, 0.84, "differs")),
 )
-def test_table_s4_in_epsilon_prediction_is_judged_by_its_floor(v1, v2, v3, status):
+def test_table_s4_in_epsilon_prediction_is_compared_with_its_floor(v1, v2, v3, status):
     from tocsr.core.config import get_profile
 
     losses = dict(v1=v1, v2=v2, v3=v3)

@@ -95,11 +95,23 @@ def test_a_lost_file_a_changed_cell_and_force_run_again_and_nothing_else_does(re
     notebook(repo, "02_b", "x = 2", "y = x")
     assert run() == ["02_b"]
     first = call("reproduce", "--profile", "smoke")
-    assert (
-        first.exit_code == 0
-        and "0 of 2 notebooks ran" in first.stdout
-        and "table_1" in first.stdout
+    assert first.exit_code == 0 and "0 of 2 notebooks ran" in first.stdout
+    assert re.search(rf"0 figures, 1 table, \d+ other files? +{table.parent}", first.stdout)
+
+
+def test_ablations_are_a_field_of_the_overrides(repo, private_runs):
+    path = notebook(repo, "01_a", "print(sorted(overrides.items()))")
+    nb = json.loads(path.read_text())
+    nb["cells"][1]["source"] += "\noverrides = {}"
+    path.write_text(json.dumps(nb))
+    r = call(
+        *("reproduce", "--profile", "smoke", "--only", "a"),
+        *("--no-ablations", "-p", 'overrides={"seed": 3}'),
     )
+    assert r.exit_code == 0, r.stderr
+    (executed,) = (private_runs / "notebooks").glob("smoke-*/01_a.ipynb")
+    output = json.loads(executed.read_text())["cells"][-1]["outputs"][0]
+    assert "".join(output["text"]) == "[('ablations', False), ('seed', 3)]\n"
 
 
 def test_an_error_names_notebook_cell_and_executed_copy(repo, private_runs):
@@ -241,11 +253,13 @@ def test_a_stage_that_stops_at_its_time_limit_has_the_same_exit_code(repo, priva
         (("reproduce", "-p", "seed"), 2, ("name=value",)),
         (("reproduce", "-p", "profile=smoke"), 2, ("--profile",)),
         (("reproduce", "-p", "force=true"), 2, ("--force",)),
+        (("reproduce", "-p", "overrides=3"), 2, ("overrides", "object")),
         (("reproduce", "-p", "data_dir=photos"), 2, ("--data-dir",)),
         (("reproduce", "--time-limit", "soon"), 2, ("1h30m",)),
         (("reproduce", "--data-dir", "none"), 1, ("none", "no such folder")),
         (("reproduce", "--out", "nbs/x"), 2, ("inside nbs/",)),
         (("reproduce", "--save-outputs", "--profile", "smoke"), 2, ("cpu",)),
+        (("reproduce", "--save-outputs", "--profile", "cpu", "--no-ablations"), 2, ("changed",)),
         (("doctor", "--seconds", "0"), 2, ("0.1",)),
         (("doctor", "--seconds", "nan"), 2, ("--seconds",)),
         (("doctor", "--seconds", "inf"), 2, ("--seconds", "finite")),
@@ -544,7 +558,7 @@ def upscale(model, *args):
     return call("upscale", *map(str, args), "--model", str(model))
 
 
-def test_results_stand_beside_their_inputs(tiny_model, tmp_path, monkeypatch):
+def test_results_are_next_to_their_inputs(tiny_model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("a.png", "photos/b.jpg", "photos/deep/c.png", "d.gif"):
         path = tmp_path / name

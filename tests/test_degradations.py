@@ -37,7 +37,7 @@ def psnr_y(a, b, border, gray=False):
 
 
 def photo(seed=0, side=96):
-    "A smooth random gray picture with an edge, (3, side, side) in [-1, 1]."
+    "A smooth random gray image with an edge, (3, side, side) in [-1, 1]."
     x = torch.randn(1, 6, 6, generator=torch.Generator().manual_seed(seed))
     x = imresize(x, size=(side, side)).clamp(-1, 1) * 0.8
     x[:, :, side // 2 :] *= -1

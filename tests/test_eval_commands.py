@@ -1,6 +1,7 @@
 "`tocsr eval` on other programs' results, own folders and model files; `compare`; `export`."
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -111,20 +112,137 @@ def test_pairs_with_lr_images(hr, tmp_path):
     assert r.exit_code == 1 and "30x24 px for 64x48 px" in r.stderr
 
 
-def test_a_checkpoint_through_spandrel(hr, tmp_path):
+def expected_psnr(hr: Path, upscale, scale: int) -> list[float]:
+    "PSNR-Y of a function of RGB in [0, 1], computed without the commands."
+    values = []
+    for file in sorted(hr.iterdir()):
+        x = to_tensor(np.asarray(Image.open(file)))[None]
+        lr = torch.from_numpy(to_array(imresize(x, 1 / scale))).movedim(-1, 1) / 255
+        with torch.no_grad():
+            sr = to_array(upscale(lr) * 2 - 1)[0]
+        sr = torch.from_numpy(sr).movedim(-1, 0) / 255
+        values.append(psnr_y(sr, (x[0] + 1) / 2, scale))
+    return values
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_a_checkpoint_through_spandrel(hr, tmp_path, suffix):
     pytest.importorskip("spandrel")
+    from safetensors.torch import save_file
     from spandrel.architectures.SPAN import SPAN
 
     torch.manual_seed(0)
     net = SPAN(num_in_ch=3, num_out_ch=3, feature_channels=16, upscale=2).eval()
-    file = tmp_path / "mine.pth"
-    torch.save(net.state_dict(), file)
+    file = tmp_path / f"mine.{suffix}"
+    weights = {k: v.contiguous() for k, v in net.state_dict().items()}
+    (torch.save if suffix == "pth" else save_file)(weights, file)
     r = result_of("--pairs", hr, "--scale", 2, "--model", file)
-    assert "SPAN" in r["models"]["mine"]["title"] and len(psnr_of(r, "mine")) == 3
+    assert "SPAN" in r["models"]["mine"]["title"]
+    assert psnr_of(r, "mine") == pytest.approx(expected_psnr(hr, net, 2), abs=0.01)
     r = call("eval", "--pairs", hr, "--model", file, "--metrics", "psnry")
     assert r.exit_code == 1 and "upscales by 2, the test set by 4" in r.stderr
     r = result_of("--pairs", hr, "--model", file, "--resize")
     assert "x2, resized" in r["models"]["mine"]["title"]
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors", "onnx"])
+@pytest.mark.parametrize("kind", ["empty", "text", "other", "cut"])
+def test_a_file_without_a_model_is_one_line(hr, tmp_path, suffix, kind):
+    pytest.importorskip("onnxruntime" if suffix == "onnx" else "spandrel")
+    from safetensors.torch import save
+
+    file = tmp_path / f"mine.{suffix}"
+    other = save(dict(a=torch.ones(300)))
+    if suffix == "pth":
+        torch.save(dict(epoch=3, loss=[0.1]), file)
+        other = file.read_bytes()
+    file.write_bytes(dict(empty=b"", text=b"hello", other=other, cut=other[:-100])[kind])
+    content = file.read_bytes()
+    r = call("eval", "--pairs", hr, "--model", file, "--metrics", "psnry")
+    assert r.exit_code == 1 and str(file) in r.stderr, r.stderr
+    assert r.stderr.count("\n") == 1 and "delete" not in r.stderr
+    assert file.read_bytes() == content
+
+
+def nearest_graph(path: Path, scale: int, *, half: bool = False, sides=("h", "w")) -> Path:
+    "An ONNX graph that repeats every pixel."
+    onnx = pytest.importorskip("onnx")
+    kind = onnx.TensorProto.FLOAT16 if half else onnx.TensorProto.FLOAT
+    scales = onnx.numpy_helper.from_array(np.float32([1, 1, scale, scale]), "scales")
+    mode = dict(mode="nearest", nearest_mode="floor", coordinate_transformation_mode="asymmetric")
+    node = onnx.helper.make_node("Resize", ["x", "", "scales"], ["y"], **mode)
+    graph = onnx.helper.make_graph(
+        [node],
+        "nearest",
+        [onnx.helper.make_tensor_value_info("x", kind, [1, 3, *sides])],
+        [onnx.helper.make_tensor_value_info("y", kind, [1, 3, None, None])],
+        [scales],
+    )
+    opset = [onnx.helper.make_opsetid("", 18)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opset, ir_version=9), path)
+    return path
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_another_projects_onnx_graph(hr, tmp_path, half):
+    pytest.importorskip("onnxruntime")
+    file = nearest_graph(tmp_path / "near.onnx", 2, half=half)
+    r = result_of("--pairs", hr, "--scale", 2, "--model", file)
+
+    def repeat(x):
+        return torch.nn.functional.interpolate(x, scale_factor=2, mode="nearest")
+
+    assert psnr_of(r, "near") == pytest.approx(expected_psnr(hr, repeat, 2), abs=0.02)
+    r = call("eval", "--pairs", hr, "--model", file, "--metrics", "psnry")
+    assert r.exit_code == 1 and "upscales by 2, the test set by 4" in r.stderr
+
+
+def test_an_onnx_graph_of_one_size_is_refused(hr, tmp_path):
+    pytest.importorskip("onnxruntime")
+    file = nearest_graph(tmp_path / "fixed.onnx", 2, sides=(16, 16))
+    r = call("eval", "--pairs", hr, "--scale", 2, "--model", file, "--metrics", "psnry")
+    assert r.exit_code == 1 and "any height and width are needed" in r.stderr
+
+
+def random_pipeline(folder: Path) -> Path:
+    "A saved tileable pipeline with small random weights."
+    from tocsr.core.config import UNetConfig
+    from tocsr.inference.pipeline import TOCSRPipeline
+    from tocsr.models.autoencoder import LowResAutoencoder
+    from tocsr.models.diffusion import nano_unet, noise_schedule
+    from tocsr.models.generator import add_condition_channels
+    from tocsr.models.staged_unet import split_into_stages
+
+    torch.manual_seed(0)
+    thin = UNetConfig(channels=(32, 32, 32, 32), heads=(1, 1, 1, 1), layers=1, groups=8)
+    vae = LowResAutoencoder(16, width=16, fine=16, encoder_blocks=(1, 1), decoder_blocks=(1, 1))
+    unet = add_condition_channels(split_into_stages(nano_unet(thin, 16)), 16)
+    pipe = TOCSRPipeline(vae, unet, noise_schedule("v_prediction"), tileable=True)
+    for p in pipe.network.parameters():  # layers that start at zero
+        if p.ndim > 1 and not p.any():
+            torch.nn.init.normal_(p, std=0.05)
+    return pipe.save_pretrained(folder)
+
+
+def test_an_exported_model_scores_as_the_original(tmp_path):
+    "Also where the image is larger than a tile of a model that is not tileable, 128 LR pixels."
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    hr = tmp_path / "hr"
+    hr.mkdir()
+    image(1).save(hr / "img_1.png")
+    image(2, 64, 576).save(hr / "img_2.png")
+    model = random_pipeline(tmp_path / "model")
+    file = tmp_path / "x.onnx"
+    r = call("export", "onnx", file, "--model", model)
+    assert r.exit_code == 0 and f"wrote {file}" in r.stdout, r.stderr
+    found = re.findall(r"(\d+) x (\d+): largest difference from torch (\S+)", r.stdout)
+    assert len(found) == 2 and all(float(d) < 0.2 for *_, d in found)
+    r = result_of("--pairs", hr, "--model", file, "--model", model)
+    assert "ONNX" in r["models"]["x"]["title"]
+    assert psnr_of(r, "x") == pytest.approx(psnr_of(r, "model"), abs=0.01)
+    r = call("eval", "--pairs", hr, "--model", file, "--dtype", "bf16", "--metrics", "psnry")
+    assert r.exit_code == 1 and "precision it was exported with" in r.stderr
 
 
 def test_a_checkpoint_without_spandrel_is_refused(hr, tmp_path, monkeypatch):

@@ -230,7 +230,7 @@ def weights(tmp_path):
         lambda b: b"\xff" * 8 + b[8:],
         lambda b: b + b"more",
     ],
-    ids=["last byte", "header", "empty", "picture", "length", "longer"],
+    ids=["last byte", "header", "empty", "image", "length", "longer"],
 )
 def test_damaged_weights_are_named(weights, damage):
     path, data = weights
@@ -315,7 +315,7 @@ def test_photographs_that_cannot_be_used_are_counted(tmp_path):
     Image.fromarray(good).save(folder / "good.png")
     Image.fromarray(good[:40]).save(folder / "small.png")
     (folder / "cut.png").write_bytes((folder / "good.png").read_bytes()[:2000])
-    (folder / "text.jpg").write_text("not a picture")
+    (folder / "text.jpg").write_text("not an image")
     photos = load_photos(DataConfig(source=str(folder)))
     assert list(photos.names) == ["good.png"] and sum(photos.skipped.values()) == 3, photos.report()
 

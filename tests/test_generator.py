@@ -150,7 +150,7 @@ def test_attention_is_restricted_to_windows(unet):
 
 
 @pytest.mark.parametrize("size", [(32, 32), (17, 9), (1, 1)])
-def test_back_projection_agrees_in_every_pixel(size):
+def test_back_projection_is_consistent_in_every_pixel(size):
     g = torch.Generator().manual_seed(0)
     small = imresize(torch.rand(1, 3, 6, 6, generator=g), size=size).clamp(0, 1)
     lr = ((small * 255).round() / 127.5 - 1) * 0.9
@@ -210,7 +210,7 @@ def test_methods_are_the_functions_they_name(vae, unet, monkeypatch):
     lr = imresize(hr, 1 / 4)
 
     class FixedPairs:
-        def __init__(self, p, side):
+        def __init__(self, p, side, factor):
             self.p = p
 
         def __len__(self):
@@ -231,7 +231,7 @@ def test_methods_are_the_functions_they_name(vae, unet, monkeypatch):
         upscale_with_steps("paper", generator.model, vae, steps=2, trained_px=96, **common),
         *upscale_with_student("student", generator, consistency_factor=8, trained_px=96, **common),
     ]
-    rows, images, values = evaluate_methods(methods, p, 64)
+    rows, images, values = evaluate_methods(methods, p, 64, factor=8)
     names = ["bicubic", "L1 regression", "paper, 2 steps", "student", "student + consistency"]
     assert [r["method"] for r in rows] == list(values) == names
     assert [r["trained_px"] for r in rows] == [None, 96, 96, 96, 96]

@@ -1,4 +1,4 @@
-"""What only a GPU can show: every stage at smoke size in both precisions, the pipeline beside the
+"""What only a GPU can show: every stage at smoke size in both precisions, the pipeline against the
 CPU's.
 
 Skipped without CUDA.

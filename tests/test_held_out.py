@@ -8,8 +8,9 @@ import torch
 from tocsr.core.append_log import AppendOnlyLog
 from tocsr.core.config import get_profile
 from tocsr.core.image import upsample
-from tocsr.data.pairs import heldout_pairs
-from tocsr.evaluation.held_out import HeldOutPairs, measure_methods
+from tocsr.data.images import load_photos
+from tocsr.data.pairs import HELD_OUT_DEGRADATION, HELD_OUT_SEED, HeldOutPairs, crop_pairs
+from tocsr.evaluation.held_out import measure_methods
 from tocsr.evaluation.metrics import measure
 
 METRICS = ("psnry", "ssim", "fd_gabor", "fid", "niqe")
@@ -20,10 +21,25 @@ def profile():
     return get_profile("smoke", eval=dict(crops=3, crop=96))
 
 
-def test_pairs_are_those_of_all_at_once(profile):
-    hr, lr = heldout_pairs(profile, 96, 8)
-    pairs = HeldOutPairs(profile, 96, 8)
-    assert len(pairs) == 3
+def all_pairs(profile, factor):
+    "All held-out pairs at once: HR (3, 3, 96, 96) and LR."
+    return crop_pairs(
+        load_photos(profile.data).split("val"),
+        96,
+        factor,
+        degradation=profile.eval.degradation,
+        scale=4,
+        seed=profile.data.seed + HELD_OUT_SEED,
+        indices=range(3),
+        degradation_seeds=[HELD_OUT_DEGRADATION + i for i in range(3)],
+    )
+
+
+@pytest.mark.parametrize("factor, side", [(1, 96), (8, 96), (10, 80)])
+def test_pairs_are_those_of_all_at_once(profile, factor, side):
+    hr, lr = all_pairs(profile, factor)
+    pairs = HeldOutPairs(profile, 96, factor)
+    assert len(pairs) == 3 and hr.shape[-1] == side
     for i in range(3):
         one_hr, one_lr = pairs.pair(i)
         assert torch.equal(one_hr[0], hr[i]) and torch.equal(one_lr[0], lr[i])
@@ -34,9 +50,9 @@ def bicubic(lr, indices):
 
 
 def test_values_are_those_of_all_at_once(profile, tmp_path):
-    hr, lr = heldout_pairs(profile, 96)
+    hr, lr = all_pairs(profile, 1)
     expected = measure(METRICS, upsample(lr, 4), hr, border=4)
-    pairs = HeldOutPairs(profile, 96)
+    pairs = HeldOutPairs(profile, 96, 1)
     found = measure_methods({"a / b": bicubic}, pairs, METRICS, tmp_path)["a / b"]
     for name, values in expected.items():
         if isinstance(values, str):
@@ -55,7 +71,7 @@ def test_an_interrupted_evaluation_continues(profile, tmp_path):
         calls.append(indices[0])
         return upsample(lr, 4)
 
-    pairs = HeldOutPairs(profile, 96)
+    pairs = HeldOutPairs(profile, 96, 1)
     with pytest.raises(KeyboardInterrupt):
         measure_methods({"m": stops}, pairs, ("psnry",), tmp_path)
     assert calls == [0, 0, 1], "a warm-up and two images"
@@ -68,7 +84,7 @@ def test_an_interrupted_evaluation_continues(profile, tmp_path):
 def test_two_processes_take_every_other_image(profile, tmp_path, monkeypatch):
     from tocsr.evaluation import held_out
 
-    pairs = HeldOutPairs(profile, 96)
+    pairs = HeldOutPairs(profile, 96, 1)
     whole = measure_methods({"m": bicubic}, pairs, ("psnry", "fd_gabor"), tmp_path / "one")["m"]
     seen = []
 

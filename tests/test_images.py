@@ -41,7 +41,7 @@ def folder(tmp_path):
 
 
 def smooth():
-    "A color picture that JPEG keeps well, uint8 (H, W, 3)."
+    "A color image that JPEG keeps well, uint8 (H, W, 3)."
     y, x = np.mgrid[:H, :W]
     return np.stack([x * 255 // (W - 1), y * 255 // (H - 1), 128 + 0 * x], -1).astype(np.uint8)
 
@@ -330,7 +330,7 @@ def test_a_mixed_folder_is_read_or_counted(folder):
 
 
 @pytest.mark.parametrize("eager", [2_000, 1])
-def test_what_a_folder_holds_beside_images_is_named(folder, tmp_path, monkeypatch, eager):
+def test_what_a_folder_holds_besides_images_is_named(folder, tmp_path, monkeypatch, eager):
     monkeypatch.setattr(I, "MAX_INSPECTED", eager)
     for i, n in enumerate(("a.jfif", "b.jpe", "c.png")):
         save(folder / n, noise(i), **(dict(format="JPEG") if n != "c.png" else {}))

@@ -177,7 +177,7 @@ def test_the_rehearsal_measures_a_stage_and_estimates_all(tmp_path):
 
     command = [sys.executable, bench.__file__, str(tmp_path), "--thin", "--device", "cpu"]
     env = os.environ | dict(TOCSR_RUNS=str(tmp_path / "runs"), OMP_NUM_THREADS="1")
-    done = subprocess.run([*command, "--stage", "autoencoder"], env=env, capture_output=True)
+    done = subprocess.run([*command, "--part", "autoencoder"], env=env, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()[-4000:]
     row = json.loads((tmp_path / "autoencoder.json").read_text())
     assert {k: len(v) for k, v in row["seconds"].items()} == dict(
@@ -190,8 +190,55 @@ def test_the_rehearsal_measures_a_stage_and_estimates_all(tmp_path):
     result = dict(
         machine=dict(gpu=None, cpu="a CPU", cores=2, threads=1),
         patch=64,
-        commit="0",
         rows=[row | dict(peak_gib=2.0, wall_s=9.0, seconds=dict(a=[7.0, 3.0], b=[4.0, 4.0]))],
         plan=dict(autoencoder=dict(peak_gib=3.0, steps_s=7.0)),
     )
-    assert "| autoencoder | 2.0 | 3.0 | 1.50 | 14.0 | 7.0 | 0.50 | 9 |" in bench.markdown(result)
+    text = bench.markdown(result)
+    assert "| autoencoder | 2.0 | 3.0 | 1.50 | 14.0 | 7.0 | 0.50 | 9 |" in text
+    assert "Not finished: teacher, surrogates" in text
+
+
+def test_the_rehearsal_writes_after_every_stage_and_continues(tmp_path, monkeypatch, capsys):
+    sys.path.insert(0, str(ROOT / "tests/bench"))
+    import bench_paper_scale as bench
+
+    out = tmp_path / "result.json"
+    command = ["bench", str(tmp_path / "work"), "--thin", "--device", "cpu", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", command)
+    keys = {name: f"key of {name}" for name in STAGES}
+    monkeypatch.setattr(bench, "stage_key", lambda stage, profile: keys[stage])
+    started = []
+    failing = {"adapt"}
+
+    def run_part(command, env):
+        part = command[command.index("--part") + 1]
+        started.append(part)
+        if part in failing:
+            return subprocess.CompletedProcess(command, 1)
+        profile = bench.make_profile(tmp_path / "work", "cpu", thin=True)
+        if part == "plan":
+            stages = dict.fromkeys(STAGES, dict(peak_gib=3.0, steps_s=4.0))
+            row = dict(key=bench.plan_key(profile), stages=stages)
+        else:
+            row = dict(stage=part, key=keys[part], wall_s=9.0, peak_gib=2.0, commit="abc")
+            row["seconds"] = {} if part == "search" else dict(a=[2.0, 1.0])
+        (tmp_path / "work" / f"{part}.json").write_text(json.dumps(row))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(bench.subprocess, "run", run_part)
+    monkeypatch.setattr(bench, "commit", lambda: "abc")
+    with pytest.raises(SystemExit, match="adapt failed; the same command continues"):
+        bench.main()
+    done = ["autoencoder", "teacher", "surrogates", "search", "compact"]
+    assert started == ["plan", *done, "adapt"]
+    assert [row["stage"] for row in json.loads(out.read_text())["rows"]] == done
+    text = out.with_suffix(".md").read_text()
+    assert "| compact | 2.0 | 3.0 | 1.50 | 2.0 | 4.0 | 2.00 | 9 |" in text
+    assert "no step timed" in text and "Not finished: adapt, onestep." in text
+    started.clear()
+    failing.clear()
+    keys["compact"] = "the code of compact has changed"
+    bench.main()
+    assert started == ["compact", "adapt", "onestep"]
+    assert "Not finished" not in capsys.readouterr().out.split("commit abc")[-1]
+    assert len(json.loads(out.read_text())["rows"]) == len(STAGES)

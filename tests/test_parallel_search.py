@@ -1,4 +1,4 @@
-"Parallel search: proposals beside pending evaluations, leases, killed processes, failures."
+"Parallel search: proposals next to pending evaluations, leases, killed processes, failures."
 
 import itertools
 import json

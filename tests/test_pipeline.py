@@ -8,6 +8,7 @@ import subprocess
 import sys
 import typing
 from copy import deepcopy
+from functools import partial
 
 import numpy as np
 import pytest
@@ -25,7 +26,13 @@ from tocsr.core.image import imresize
 from tocsr.data.degradations import degrade_images
 from tocsr.inference.model_info import measure_peak, model_info, tile_difference
 from tocsr.inference.pipeline import TOCSRPipeline, as_tensors, model_folder
-from tocsr.inference.tiling import LazyBicubic, receptive_field, tile_blended
+from tocsr.inference.tiling import (
+    BLOCK_MARGINS,
+    LazyBicubic,
+    receptive_field,
+    tile_blended,
+    tile_exact,
+)
 from tocsr.models.autoencoder import fit_pca
 from tocsr.models.diffusion import nano_unet, noise_schedule
 from tocsr.models.generator import (
@@ -87,7 +94,7 @@ def test_kinds_in_and_out_agree(pipe, kind):
     assert (got - want).abs().max() <= (0.51 / 255 if kind == "pil" else 1e-5)
 
 
-def test_a_batch_equals_its_pictures(pipe):
+def test_a_batch_equals_its_images(pipe):
     a = [make_image(12, 20, s) for s in range(3)]
     together = pipe(np.stack(a), output_type="np").images
     assert all((pipe(x, output_type="np").images[0] == y).all() for x, y in zip(a, together))
@@ -148,8 +155,8 @@ def test_tiles_of_different_brightness_are_cross_faded():
     assert out.std() > 0.05 and step < 3 * (out.max() - out.min()) / 64
 
 
-@pytest.mark.parametrize("size, tile", [((40, 90), 32), ((130, 33), 64), ((64, 64), 16)])
-def test_a_local_models_tiles_are_the_whole_picture(pipe, size, tile):
+def make_local(pipe) -> TOCSRPipeline:
+    "A tileable copy of a pipeline."
     other = variant(pipe)
     model = other.network.model
     freeze_normalization_statistics(
@@ -159,7 +166,16 @@ def test_a_local_models_tiles_are_the_whole_picture(pipe, size, tile):
         ),
         vae_factor=8,
     )
-    steady = TOCSRPipeline(**other.components, tileable=True)
+    return TOCSRPipeline(**other.components, tileable=True)
+
+
+@pytest.mark.parametrize("block_margins", [0, BLOCK_MARGINS])
+@pytest.mark.parametrize("size, tile", [((40, 90), 32), ((130, 33), 64), ((64, 64), 16)])
+def test_a_local_models_tiles_are_the_whole_image(pipe, monkeypatch, size, tile, block_margins):
+    "Tile by tile as well as in blocks; these images are single blocks of the UNet."
+    by_blocks = partial(tile_exact, block_margins=block_margins)
+    monkeypatch.setattr("tocsr.inference.pipeline.tile_exact", by_blocks)
+    steady = make_local(pipe)
     shares = []
     whole, parts = (
         steady(make_image(*size), tile=t, output_type="pt", progress=shares.append).images[0]
@@ -170,8 +186,35 @@ def test_a_local_models_tiles_are_the_whole_picture(pipe, size, tile):
     assert tile_difference(steady, make_image(*size), tile=tile)["max"] < 0.2
 
 
+class Windows(torch.nn.Module):
+    "A refiner that changes nothing, with a receptive field of 40, and notes what it computes."
+
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(1, 1, 81, padding=40)
+        self.sides = []
+
+    def forward(self, y, x):
+        self.sides.append(tuple(y.shape[-2:]))
+        self.conv(y[:, :1, :1])  # one row
+        return y
+
+
+@pytest.mark.parametrize("tile", [16, 32, 48, 64, 80])
+def test_small_tiles_do_not_compute_the_image_many_times(pipe, tile):
+    "The margin is 64 HR pixels; a tile of 16 LR pixels by itself would need 9 times the image."
+    g = make_local(pipe).network
+    g.refiner = Windows()
+    x = LazyBicubic(torch.rand(1, 3, 160, 96) * 2 - 1, 4)
+    tile_exact(g, x, torch.randn(1, 16, 80, 48), 4 * tile)
+    windows = g.refiner.sides[1:]  # the first is the measurement of the receptive field
+    largest = max(4 * tile, 4 * 64) + 2 * 64
+    assert len(windows) > 1 and max(max(w) for w in windows) <= largest
+    assert sum(h * w for h, w in windows) < 4 * 640 * 384
+
+
 def test_a_local_network_behind_a_normalizing_autoencoder_is_cross_faded(pipe):
-    """An AutoencoderKL normalizes over the whole picture: its tiles cannot be exact, and must not
+    """An AutoencoderKL normalizes over the whole image: its tiles cannot be exact, and must not
     fail.
     """
     blocks = dict(
@@ -462,7 +505,7 @@ def test_orientation_and_profile_of_a_pillow_image(pipe):
         (torch.full((3, 4, 4), 200.0), "200"),
     ],
 )
-def test_bad_pictures_are_refused_with_a_reason(pipe, image, words):
+def test_bad_images_are_refused_with_a_reason(pipe, image, words):
     with pytest.raises(ValueError, match="(?s).*") as e:
         pipe(image)
     assert words in str(e.value)
@@ -541,7 +584,7 @@ def test_broken_folders_are_refused(pipe, tmp_path):
     refused("early version")
 
 
-def test_sixteen_bit_and_transparent_pictures_are_converted():
+def test_sixteen_bit_and_transparent_images_are_converted():
     deep = Image.fromarray(np.full((4, 4), 65535, np.uint16))
     assert (
         as_tensors(deep)[0].min() == 1
@@ -642,7 +685,7 @@ def test_memory_grows_with_the_result_not_with_its_copies(pipe, tmp_path):
     m = measure_peak(folder, 384, tile=64)
     assert (
         m["result"] == [1536, 1536] and (m["peak_gb"] - m["loaded_gb"]) * 1e9 < 144 * 1536**2
-    )  # twelve float pictures of three channels
+    )  # twelve float images of three channels
 
 
 def test_a_refiner_is_saved_and_used(pipe, tmp_path):

@@ -11,9 +11,19 @@ from torch import nn
 from typer.testing import CliRunner
 
 from tocsr.cli.main import app
-from tocsr.cli.plan import Machine, bare_networks, count_parts, make_plan
+from tocsr.cli.plan import (
+    Machine,
+    bare_networks,
+    count_parts,
+    make_plan,
+    mean_cost,
+    stage_phases,
+)
 from tocsr.core.config import get_profile, share_batch
 from tocsr.models.complexity import activation_bytes, count_macs
+from tocsr.models.surrogates import assemble
+from tocsr.search.tabular import parse_subspace
+from tocsr.stages.expansion_training import joint_batch
 
 SD15 = {
     "_class_name": "UNet2DConditionModel",
@@ -217,3 +227,60 @@ def test_a_hub_name_is_accepted(monkeypatch):
     r = call("--gpus", "1", "--gpu-memory", "80", "--teacher", "someone/sd")
     assert asked == [("someone/sd", "unet"), ("someone/sd", "vae")]
     assert r.exit_code == 1 and "someone/sd cannot be read (offline)" in r.stderr
+
+
+def test_encoder_and_decoder_share_the_autoencoders_parameters(folder):
+    for source in (None, folder):
+        networks = bare_networks(get_profile("smoke"), source)
+        parts = count_parts(get_profile("smoke"), networks, "cpu")
+        whole = sum(p.numel() for p in networks.encoder.model.parameters())
+        assert parts["encoder"].params + parts["decoder"].params == whole
+        assert 0.2 * whole < parts["decoder"].params < 0.9 * whole
+
+
+def test_a_given_base_autoencoder_is_kept_and_not_trained():
+    networks = bare_networks(get_profile("smoke"))
+    parts = count_parts(get_profile("smoke"), networks, "cpu")
+    found = {}
+    for shape in ("lowres", "my/vae"):
+        p = get_profile("smoke", autoencoder=dict(start="scratch", shape=shape, steps=7))
+        (found[shape],) = stage_phases("autoencoder", p, parts, networks, Machine(1, 80))
+    trained, given = found["lowres"], found["my/vae"]
+    assert (trained.steps, given.steps) == (14, 7)
+    assert given.frozen == 2 * trained.frozen == 2 * trained.trained
+
+
+def test_the_mean_cost_is_that_of_all_architectures():
+    "Every architecture of a small subspace; a removed level takes its resampling with it."
+    p = get_profile("smoke")
+    networks = bare_networks(p)
+    parts = count_parts(p, networks, "cpu")
+    lines = ("E1: RA", "E3: R", "deepest: R/2-R/2-R/2 none", "D2: RA R")
+    space = parse_subspace(networks.teacher, networks.library, lines)
+    macs = []
+    for vector in space.vectors():
+        net = assemble(networks.teacher, networks.library, space.architecture(vector))
+        macs.append(count_macs(net, *networks.inputs))
+    assert len(macs) == 36 and max(macs) == parts["teacher"].macs
+    mean = sum(macs) / len(macs) / parts["teacher"].macs
+    assert mean_cost(networks, parts, space.options) == pytest.approx(mean, rel=5e-3)
+
+
+@pytest.mark.parametrize("option, count", [("--ablations", 10), ("--no-ablations", 7)])
+def test_comparisons_are_planned_on_request(option, count):
+    r = call("--gpus", "1", "--gpu-memory", "80", option, "--json")
+    assert len(json.loads(r.stdout)["stages"]) == count, r.stderr
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 8])
+def test_the_joint_phase_sees_a_quarter_of_the_batch_whatever_the_processes(processes):
+    p = get_profile("paper")
+    local = share_batch(p, "teacher", processes)
+    batch, passes = joint_batch(local.teacher.batch, processes, local.accumulation)
+    seen = batch * passes * processes
+    assert seen == 16 if processes != 3 else 16 <= seen < 16 + 3 * passes
+    smoke = get_profile("smoke")
+    networks = bare_networks(smoke)
+    parts = count_parts(smoke, networks, "cpu")
+    joint = stage_phases("teacher", local, parts, networks, Machine(processes, 80))[1]
+    assert (joint.name, joint.batch, joint.passes) == ("joint", batch, passes)

@@ -115,7 +115,7 @@ def test_the_hash_is_gits():
     assert R.git_blob_hash(b"x") != hashlib.sha1(b"x").hexdigest()
 
 
-def test_a_folder_is_filled_and_nothing_is_left_beside(two):
+def test_a_folder_is_filled_and_nothing_else_is_left(two):
     blobs, listing, dest = two
     with Server(blobs) as s:
         assert R.fetch_release_photos(dest, s.url + "/", listing) == dest
@@ -231,7 +231,7 @@ def test_the_token_goes_to_github_only(two, monkeypatch):
     )  # headers are what a redirect keeps
 
 
-@pytest.mark.parametrize("content", [b"dear diary", None], ids=["text", "another picture"])
+@pytest.mark.parametrize("content", [b"dear diary", None], ids=["text", "another image"])
 def test_a_file_in_the_way_is_left_alone(two, content):
     blobs, listing, dest = two
     dest.mkdir()

@@ -1,5 +1,5 @@
-"""Sources of training images beside single folders: pairs, mixtures, held-out sets, datasets, tars;
-and training pairs made from them.
+"""Sources of training images other than single folders: pairs, mixtures, held-out sets, datasets,
+tars; and training pairs made from them.
 """
 
 import json
@@ -13,10 +13,9 @@ from PIL import Image
 
 from tocsr.core.config import DataConfig, get_profile, override
 from tocsr.core.image import ImageError, to_array, to_tensor
-from tocsr.core.random import shared_step_generator
 from tocsr.data import benchmarks, images
 from tocsr.data.images import MixedNames, load_photos
-from tocsr.data.pairs import FreshPairs, crop_pairs, heldout_pairs, make_pairs
+from tocsr.data.pairs import FreshPairs, HeldOutPairs, crop_pairs, fresh_pairs, make_pairs
 from tocsr.models.autoencoder import LatentAutoencoder, fit_pca
 
 
@@ -134,7 +133,8 @@ def test_held_out_images_come_from_the_named_source(tmp_path):
     assert photos.manifest_hash != load_photos(DataConfig(source=train)).manifest_hash
     assert photos.manifest_hash != photos.split("val").manifest_hash
     p = override(get_profile("smoke"), data=dict(source=train, validation=val, patch=64))
-    hr, _ = heldout_pairs(p, 128)
+    pairs = HeldOutPairs(p, 128, 8)
+    hr = torch.cat([pairs.pair(i)[0] for i in range(len(pairs))])
     held = [noise(i) for i in range(10, 13)]
     assert all(any(contains(x, crop) for x in held) for crop in to_array(hr))
 
@@ -272,12 +272,28 @@ def test_fresh_pairs_are_the_pool_s_and_never_end(tmp_path, vae):
     new = fresh.batch([2, 0])
     assert torch.allclose(old.hr, new.hr, atol=1e-6) and torch.allclose(old.lr, new.lr, atol=1e-6)
     assert torch.allclose(old.z_h, new.z_h, atol=2e-3) and old.z_l.shape == new.z_l.shape
-    far = fresh.batch([len(fresh) - 1, len(fresh) - 2])
+    far = fresh.batch([2**40, 2**41])
     assert not torch.equal(far.hr[0], far.hr[1])
     in_two_steps = fresh.encode(fresh.images([2, 0]))
     assert all(torch.equal(a, b) for a, b in zip(in_two_steps, new))
     same = pool.encode(pool.images([2, 0]))
     assert all(torch.equal(a, b) for a, b in zip(same, old))
+
+
+def test_training_and_evaluation_read_the_lr_images_of_pairs(tmp_path, vae):
+    "LR images of a color of their own, which no degradation makes."
+    hr = folder_of(tmp_path / "hr", range(8))
+    (tmp_path / "lr").mkdir()
+    for i in range(8):
+        h, w = noise(i).shape[:2]
+        low = np.full((h // 4, w // 4, 3), 10 * i, np.uint8)
+        Image.fromarray(low).save(tmp_path / f"lr/{i}.png")
+    data = dict(source=f"pairs:{hr}:{tmp_path / 'lr'}", patch=64)
+    p = override(get_profile("smoke"), data=data, eval=dict(crops=2, crop=64))
+    drawn = fresh_pairs(p, vae).draw(0, 3, torch.Generator())
+    held_out = [HeldOutPairs(p, 64, vae.factor).pair(i)[1] for i in range(2)]
+    for low in (*drawn["lr"], *held_out):
+        assert low.max() == low.min() and round((low.mean().item() + 1) * 127.5) % 10 == 0
 
 
 def test_worker_processes_prepare_the_same_fresh_pairs(vae):
@@ -289,8 +305,7 @@ def test_worker_processes_prepare_the_same_fresh_pairs(vae):
             return 2
 
         def __getitem__(self, step):
-            g = shared_step_generator(0, step)
-            return fresh.images(torch.randint(len(fresh), (2,), generator=g))
+            return fresh.draw(step, 2, torch.Generator())
 
     own = [Steps()[i] for i in range(2)]
     loader = torch.utils.data.DataLoader(Steps(), batch_size=None, num_workers=1)

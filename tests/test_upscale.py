@@ -325,7 +325,7 @@ def test_modes(tmp_path, mode, name, back):
     )
     assert np.abs(np.asarray(big.convert("RGB")) - want).mean() < (
         16 if mode in ("1", "CMYK") or name.endswith(("jpg", "webp")) else 1
-    )  # JPEG halves the color of so small a picture
+    )  # JPEG halves the color of so small an image
     assert any("CMYK" in n for n in out.notes) == (mode == "CMYK")
 
 

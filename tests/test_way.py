@@ -18,8 +18,7 @@ from tocsr.core.config import (
 from tocsr.core.store import TrainOptions
 from tocsr.data.degradations import degrade_images
 from tocsr.data.images import load_photos
-from tocsr.data.pair_streams import FreshPairs, PooledPairs
-from tocsr.data.pairs import make_pairs
+from tocsr.data.pairs import FreshPairs, make_pairs
 from tocsr.models.autoencoder import LatentAutoencoder, fit_pca
 from tocsr.models.diffusion import ddim_sample, nano_unet, noise_schedule
 from tocsr.models.generator import OneStepGenerator, SRModel, add_condition_channels, one_step
@@ -147,16 +146,16 @@ def test_fresh_pairs_are_those_of_a_pool_and_never_the_same(tmp_path, vae, photo
     for name in ("hr", "lr"):
         stored = getattr(pool.first(6), name)
         assert (torch.cat([d[name] for d in drawn]) - stored).abs().max() < 1 / 127
-    z_h, z_l = pairs.latents(drawn[1])
+    _, _, z_h, z_l = pairs.encode(drawn[1])
     assert (z_h - pool.batch([2, 3]).z_h).abs().max() < 0.05  # 8 bits and half precision
     assert (z_l - pool.batch([2, 3]).z_l).abs().max() < 0.05
     seen = torch.cat([d["hr"].flatten(1) for d in drawn])
     assert len(torch.unique(seen, dim=0)) == 6
-    assert PooledPairs(pool).latent_shape(pool.first(2)._asdict()) == pairs.latent_shape(drawn[0])
+    assert pool.latent_shape(pool.images([0, 1])) == pairs.latent_shape(drawn[0])
 
 
 def test_processes_draw_different_pairs(vae, photos, monkeypatch):
-    import tocsr.data.pair_streams as module
+    import tocsr.data.pairs as module
 
     pairs = fresh(vae, photos)
     monkeypatch.setattr(module, "world_size", lambda: 2)
@@ -172,7 +171,7 @@ def test_bicubic_by_three_runs_for_any_patch(vae, photos):
     batch = pairs.draw(0, 2, None)
     assert batch["hr"].shape[-1] == 48 and batch["lr"].shape[-1] == 16  # a multiple of 24
     assert torch.equal(batch["lr"], degrade_images(batch["hr"], "bicubic", 3))
-    z_h, z_l = pairs.latents(batch)
+    _, _, z_h, z_l = pairs.encode(batch)
     assert z_h.shape == z_l.shape == (2, 16, 6, 6)
 
 

@@ -4,7 +4,7 @@
 
 Every candidate is trained for the same CPU time on latents of the bundled 16-channel autoencoder
 and evaluated on held-out photographs: the denoising error over the best linear denoiser's, and the
-influence of every stage. Writes nano_scale.json beside this file; finished candidates are kept.
+influence of every stage. Writes nano_scale.json next to this file; finished candidates are kept.
 """
 
 import argparse

@@ -6,10 +6,12 @@ The checkpoints have the shapes of SD 1.5 (a UNet of 859.5 M parameters, a 4-cha
 and of FLUX's 16-channel autoencoder, and nothing is downloaded. Every stage takes two optimizer
 steps of every training, in a process of its own, so that peaks are separate. On a CPU crops are
 128 px and weights fp32 (20 GiB of memory, 30 GiB of disk, under an hour on two cores), on a CUDA
-device 512 px and bf16. A stage that has finished is not run again.
+device 512 px and bf16. `--thin` tries the whole program at a tenth of the width in some minutes.
 
 The estimates are those of `tocsr plan`: memory from shapes, seconds from single passes of the
-networks that are measured before.
+networks that are measured first, in a process of their own. After every stage the results so far
+are printed and written to `--out`. The same command continues after the last finished stage; a
+stage whose code or configuration has changed since is run again, with all later ones.
 """
 
 import argparse
@@ -39,8 +41,9 @@ from tocsr.cli.plan import (  # noqa: E402
 )
 from tocsr.core import training  # noqa: E402
 from tocsr.core.config import Profile, get_profile  # noqa: E402
-from tocsr.core.files import write_json  # noqa: E402
-from tocsr.core.store import machine, run_stage  # noqa: E402
+from tocsr.core.files import write_atomic, write_json  # noqa: E402
+from tocsr.core.fingerprint import config_hash, source_hash  # noqa: E402
+from tocsr.core.store import machine, run_stage, stage_key  # noqa: E402
 from tocsr.search.fidelity import Fidelity  # noqa: E402
 
 STAGES = ("autoencoder", "teacher", "surrogates", "search", "compact", "adapt", "onestep")
@@ -120,40 +123,51 @@ def peak_gib(device: str) -> float:
 
 def rehearse(stage: str, p: Profile, file: Path):
     "Run one stage in this process and write its row."
+    key = stage_key(stage, p)  # before the stopwatch replaces functions that it hashes
     watch = Stopwatch(p.device, file.with_suffix(".steps.json"))
     watch.watch()
     start = time.perf_counter()
-    artifact = run_stage(stage, p)
+    run_stage(stage, p)
     row = dict(
         stage=stage,
         wall_s=time.perf_counter() - start,
         peak_gib=watch.peak,
         seconds=watch.seconds,
-        key=artifact.key,
+        key=key,
+        commit=commit(),
     )
     write_json(file, row)
 
 
-def run_stages(args, folder: Path) -> list[dict]:
-    "One process per stage; rows of stages that finished."
-    rows = []
-    for stage in STAGES:
-        file = folder / f"{stage}.json"
-        if not file.is_file():
-            command = [sys.executable, __file__, str(folder), "--stage", stage]
-            command += ["--device", args.device] + ["--thin"] * args.thin
-            env = os.environ | dict(TOCSR_RUNS=str(folder / "runs"))
-            if subprocess.run(command, env=env).returncode:
-                raise SystemExit(f"stage {stage} failed; the same command continues from it")
-        rows.append(json.loads(file.read_text()))
-        print(f"{stage}: {rows[-1]['wall_s']:.0f} s, {rows[-1]['peak_gib']:.1f} GiB", flush=True)
-    return rows
+def read_current(file: Path, key: str) -> dict | None:
+    "A finished part's row; None without one, or if it belongs to other code or configuration."
+    row = json.loads(file.read_text()) if file.is_file() else {}
+    return row if row.get("key") == key else None
+
+
+def run_part(args, folder: Path, part: str, key: str) -> dict:
+    "The row of a stage or of the plan, which a process of its own computes if it is missing."
+    file = folder / f"{part}.json"
+    if (row := read_current(file, key)) is not None:
+        return row
+    begun = folder / f"{part}.begun.json"
+    if read_current(begun, key) is None:  # times of another code's attempt do not count
+        file.with_suffix(".steps.json").unlink(missing_ok=True)
+        write_json(begun, dict(key=key))
+    command = [sys.executable, __file__, str(folder), "--part", part]
+    command += ["--device", args.device] + ["--thin"] * args.thin
+    env = os.environ | dict(TOCSR_RUNS=str(folder / "runs"))
+    if subprocess.run(command, env=env).returncode:
+        raise SystemExit(f"{part} failed; the same command continues from it")
+    if (row := read_current(file, key)) is None:
+        raise SystemExit(f"{part}: the code has changed while it ran; call the same command again")
+    return row
 
 
 def estimate(p: Profile, log=print) -> dict[str, dict]:
     """Memory and seconds of the steps that the stopwatch measures, as `tocsr plan` counts them.
 
-    Passes are measured on this machine, before or after the stages and never during them.
+    Passes are measured on this machine, before the stages and never during them.
     """
     networks = bare_networks(p, p.unet.checkpoint)
     machine = this_machine(p, networks, log)
@@ -191,21 +205,30 @@ def step_seconds(row: dict) -> float:
     )
 
 
+def plan_key(p: Profile) -> str:
+    "Hash of what the estimates depend on."
+    return config_hash(p, source_hash(estimate))
+
+
 def markdown(result: dict) -> str:
-    "One line per stage: measured, estimated, estimated over measured."
+    "One line per finished stage: measured, estimated, estimated over measured."
     lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
     for row in result["rows"]:
         plan = result["plan"][row["stage"]]
         steps = step_seconds(row)
         memory = plan["peak_gib"] / row["peak_gib"]
+        seconds = f"{plan['steps_s'] / steps:.2f}" if steps else "no step timed"
         lines.append(
             f"| {row['stage']} | {row['peak_gib']:.1f} | {plan['peak_gib']:.1f} | {memory:.2f} "
-            f"| {steps:.1f} | {plan['steps_s']:.1f} | {plan['steps_s'] / steps:.2f} "
+            f"| {steps:.1f} | {plan['steps_s']:.1f} | {seconds} "
             f"| {row['wall_s']:.0f} |"
         )
     m = result["machine"]
     where = m["gpu"] or f"{m['cpu']}, {m['cores']} cores, {m['threads']} threads"
-    lines += ["", f"{where}; crops of {result['patch']} px; commit {result['commit']}."]
+    made = ", ".join(sorted({row["commit"] for row in result["rows"]}))
+    lines += ["", f"{where}; crops of {result['patch']} px; commit {made}."]
+    if missing := [s for s in STAGES if s not in {row["stage"] for row in result["rows"]}]:
+        lines += ["", f"Not finished: {', '.join(missing)}."]
     return "\n".join(lines) + "\n"
 
 
@@ -225,27 +248,31 @@ def main():
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
     parser.add_argument("--thin", action="store_true", help="a tenth of the width, to test this")
     parser.add_argument("--out", type=Path, help="JSON; a Markdown table is written next to it")
-    parser.add_argument("--stage", choices=STAGES, help="this stage alone, in this process")
+    parser.add_argument(
+        "--part", choices=("plan", *STAGES), help="this part alone, in this process"
+    )
     args = parser.parse_args()
     folder = args.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     p = make_profile(folder, args.device, args.thin)
-    if args.stage:
-        rehearse(args.stage, p, folder / f"{args.stage}.json")
-        return
-    rows = run_stages(args, folder)
+    if args.part == "plan":
+        found = estimate(p, partial(print, flush=True))
+        return write_json(folder / "plan.json", dict(key=plan_key(p), stages=found))
+    if args.part:
+        return rehearse(args.part, p, folder / f"{args.part}.json")
     result = dict(
         device=args.device,
         machine=machine(),
-        commit=commit(),
         patch=p.data.patch,
-        rows=rows,
-        plan=estimate(p),
+        rows=[],
+        plan=run_part(args, folder, "plan", plan_key(p))["stages"],
     )
-    print(markdown(result))
-    if args.out:
-        write_json(args.out, result)
-        args.out.with_suffix(".md").write_text(markdown(result))
+    for stage in STAGES:
+        result["rows"].append(run_part(args, folder, stage, stage_key(stage, p)))
+        print(markdown(result), flush=True)
+        if args.out:
+            write_json(args.out, result)
+            write_atomic(args.out.with_suffix(".md"), markdown(result))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from tocsr.evaluation import methods, speed
 
 
 def sleeper(name, seconds, order):
-    "A competitor that works for `seconds` of CPU time and notes when."
+    "A method that works for `seconds` of CPU time and notes when."
 
     def f(lr, i):
         order.append(name)
@@ -25,7 +25,7 @@ def sleeper(name, seconds, order):
     return methods.SRMethod(name, name, name, lambda threads, dtype: f)
 
 
-def test_competitors_take_turns_and_ratios_are_theirs():
+def test_methods_take_turns_and_ratios_are_theirs():
     order = []
     fast, slow = speed.bench_methods(
         [sleeper("fast", 0.02, order), sleeper("slow", 0.06, order)], sizes=(16,), repeats=3

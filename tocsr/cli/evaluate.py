@@ -353,36 +353,70 @@ def compare_command(
     )
 
 # %% ../../nbs/tools/705_eval_commands.ipynb #b96285e4
-ExportFormat = Annotated[str, typer.Argument(metavar="onnx", help="The format: onnx.")]
-ExportFile = Annotated[Path, typer.Argument(metavar="FILE", help="The file to write.")]
+ExportFormat = Annotated[
+    str,
+    typer.Argument(metavar="onnx|web", help="One file, or a page that upscales in the browser."),
+]
+ExportTarget = Annotated[
+    Path, typer.Argument(metavar="FILE|FOLDER", help="The file to write; of web, the folder.")
+]
 ExportModel = Annotated[
     str | None, typer.Option(help="A model folder or hub name; default: bundled weights.")
 ]
-Replace = Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")]
+Replace = Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")]
+Runtime = Annotated[
+    Path | None,
+    typer.Option(help="web: a folder with ONNX Runtime Web; default: downloaded by npm."),
+]
+
+
+def _check_target(format: str, target: Path, overwrite: bool):
+    "Raise `ChoiceError` for a target that cannot be written or holds other files."
+    if format == "onnx" and target.suffix.lower() != ".onnx":
+        raise ChoiceError(f"{target}: choose a name that ends in .onnx")
+    if format == "web" and target.exists() and not target.is_dir():
+        raise ChoiceError(f"{target} is a file; name a folder for the page")
+    occupied = any(target.iterdir()) if target.is_dir() else target.exists()
+    if occupied and not overwrite:
+        raise ChoiceError(f"{target} exists; --overwrite replaces it")
+    if not target.absolute().parent.is_dir():
+        raise ChoiceError(f"no folder {target.parent}; create it first")
 
 
 def export_command(
-    format: ExportFormat, file: ExportFile, model: ExportModel = None, overwrite: Replace = False
+    format: ExportFormat,
+    target: ExportTarget,
+    model: ExportModel = None,
+    runtime: Runtime = None,
+    overwrite: Replace = False,
 ):
-    "Export a model as one ONNX file, and compare it with the original."
-    _known("format", [format], ("onnx",))
-    if file.suffix.lower() != ".onnx":
-        raise ChoiceError(f"{file}: choose a name that ends in .onnx")
-    if file.exists() and not overwrite:
-        raise ChoiceError(f"{file} exists; --overwrite replaces it")
-    if not file.absolute().parent.is_dir():
-        raise ChoiceError(f"no folder {file.parent}; create it first")
+    "Export a model as an ONNX file or as a web page, and compare it with the original."
+    _known("format", [format], ("onnx", "web"))
+    _check_target(format, target, overwrite)
     from tocsr.inference.onnx_export import check_onnx, export_onnx
     from tocsr.inference.pipeline import TOCSRPipeline
+    from tocsr.inference.web_page import check_web_page, export_web_page
 
     pipe = TOCSRPipeline.from_pretrained(model)
-    export_onnx(pipe, file)
-    for (height, width), difference in check_onnx(pipe.network, file).items():
+    if format == "onnx":
+        export_onnx(pipe, target)
+        differences = check_onnx(pipe.network, target)
+    else:
+        export_web_page(pipe, target, runtime)
+        differences = check_web_page(pipe, target)
+    for (height, width), difference in differences.items():
         typer.echo(
             f"{width} x {height}: largest difference from torch {127.5 * difference:.1e} "
             "8-bit levels"
         )
-    typer.echo(f"wrote {file}, {file.stat().st_size / 1e6:.1f} MB")
+    if format == "onnx":
+        typer.echo(f"wrote {target}, {target.stat().st_size / 1e6:.1f} MB")
+        return
+    size = sum(f.stat().st_size for f in target.rglob("*") if f.is_file())
+    typer.echo(
+        f"wrote {target}, {size / 1e6:.1f} MB, for any static web host; to look at it: "
+        f"python -m http.server --directory {target}"
+    )
 
 # %% ../../nbs/tools/705_eval_commands.ipynb #50a217ea
 def register_commands(app: typer.Typer):

@@ -15,6 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from .compress import compress_command
+from .demo import demo_command
 from .evaluate import register_commands
 from tocsr.cli.terminal import (
     ChoiceError,
@@ -153,8 +154,8 @@ Output = Annotated[
     typer.Option(
         "--out",
         "-o",
-        help="A file, a folder, or - for stdout; default: photo_x4.jpg beside photo.jpg, "
-        "photos_x4 beside the folder photos.",
+        help="A file, a folder, or - for stdout; default: photo_x4.jpg next to photo.jpg, "
+        "photos_x4 next to the folder photos.",
     ),
 ]
 ModelName = Annotated[
@@ -313,6 +314,9 @@ def info(model: ModelName = None, as_json: ModelJson = False):
 # %% ../../nbs/tools/700_main.ipynb #c0395e55
 app.command("compress")(compress_command)
 
+# %% ../../nbs/tools/700_main.ipynb #a16633b0
+app.command("demo")(demo_command)
+
 # %% ../../nbs/tools/700_main.ipynb #4bed42df
 register_commands(app)
 
@@ -373,10 +377,31 @@ Way = Annotated[
 ]
 
 
+Ablations = Annotated[
+    bool | None,
+    typer.Option(
+        "--ablations/--no-ablations",
+        help="Compute what only fills tables, or leave it out; default: leave it out in profile "
+        "paper.",
+    ),
+]
+
+
+def _own_fields(parameters: dict, ablations: bool | None) -> dict:
+    "Notebook parameters with the option as a field of `overrides`."
+    fields = parameters.get("overrides", {})
+    if not isinstance(fields, dict):
+        raise ChoiceError(f"parameter 'overrides' must be a JSON object, got {fields!r}")
+    if ablations is None:
+        return parameters
+    return parameters | dict(overrides=fields | dict(ablations=ablations))
+
+
 @app.command("reproduce", rich_help_panel=PAPER_PANEL)
 def reproduce_command(
     profile: ProfileName = "",
     way: Way = "",
+    ablations: Ablations = None,
     only: Only = None,
     first: First = None,
     force: Force = False,
@@ -388,17 +413,19 @@ def reproduce_command(
 ):
     "Run the notebooks in order; report time, memory, files, and the comparison with the paper."
     from tocsr.cli import reproduce
-    from tocsr.core.config import default_way, requested_profile
+    from tocsr.core.config import is_standard, requested_profile
 
     if time_limit:
         _set_time_limit(time_limit)
     source = str(Path(data_dir).expanduser().resolve()) if data_dir else ""
-    p = requested_profile(profile, way, source)
+    given = _own_fields(dict(map(reproduce.parse_parameter, parameter or [])), ablations)
+    p = requested_profile(profile, way, source, given.get("overrides"))
     root = reproduce.repository()
-    if save and (p.name != "cpu" or p.way != default_way(p.name)):
-        raise ChoiceError(f"the committed notebooks show profile cpu, not {p.name}")
+    if save and not (p.name == "cpu" and is_standard(p)):
+        changed = f"{p.name} with changed fields" if p.name == "cpu" else p.name
+        raise ChoiceError(f"the committed notebooks show profile cpu, not {changed}")
     options = dict(only=only, first=first, force=force, data_dir=source, out=out)
-    options["parameters"] = dict(map(reproduce.parse_parameter, parameter or []))
+    options["parameters"] = given
     done = []
     try:
         with reproduce.sigterm_as_interrupt():
@@ -439,6 +466,8 @@ def plan(
     gpu_memory: DeviceMemory = None,
     teacher: TeacherFolder = "",
     profile: PlannedProfile = "paper",
+    way: Way = "",
+    ablations: Ablations = None,
     tflops: TeraFlops = None,
     as_json: Json = False,
 ):
@@ -447,8 +476,9 @@ def plan(
     from tocsr.cli.reproduce import align_columns
     from tocsr.core.config import get_profile
 
+    own = {} if ablations is None else dict(ablations=ablations)
     made = plan_run(
-        get_profile(profile),
+        get_profile(profile, way, **own),
         teacher or None,
         gpus=gpus,
         gpu_memory_gib=gpu_memory,

@@ -9,7 +9,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -19,21 +19,26 @@ from torch import Tensor, nn
 
 from ..core.config import Profile, share_batch
 from ..core.store import machine
-from ..models.architecture import PAPER_ARCHITECTURE, Architecture, StageError
+from tocsr.models.architecture import (
+    PAPER_ARCHITECTURE,
+    REMOVED,
+    Architecture,
+    StageError,
+    deepest_stages,
+)
 from ..models.autoencoder import LowResAutoencoder, latent_factor
 from ..models.complexity import activation_bytes, count_macs, count_params, pass_seconds
 from ..models.diffusion import unet_config
 from ..models.staged_unet import StagedUNet, capture_stage_io, split_into_stages
 from ..models.surrogates import SurrogateLibrary, assemble, build_library, stage_options
 from ..search.parallel import evaluations_per_process
-from ..search.tabular import parse_subspace
+from ..search.tabular import DEEPEST, parse_subspace
 
 # %% auto #0
-__all__ = ['TRAINING_BYTES', 'EMA_BYTES', 'DDP_BYTES', 'WEIGHT_BYTES', 'PROCESS_BYTES', 'CHAIN', 'COMPARISONS',
-           'MEAN_ARCHITECTURE', 'Part', 'compact_network', 'Networks', 'bare_networks', 'count_parts', 'Rates',
-           'measure_rates', 'apply_rates', 'Phase', 'StagePlan', 'Plan', 'Machine', 'make_plan', 'this_machine',
-           'plan_run', 'device_memory_gib', 'planned_stages', 'plan_stage', 'stage_phases', 'plan_rows', 'plan_heading',
-           'plan_json']
+__all__ = ['TRAINING_BYTES', 'EMA_BYTES', 'DDP_BYTES', 'WEIGHT_BYTES', 'PROCESS_BYTES', 'CHAIN', 'COMPARISONS', 'Part',
+           'compact_network', 'Networks', 'bare_networks', 'count_parts', 'Rates', 'measure_rates', 'apply_rates',
+           'Phase', 'StagePlan', 'Plan', 'Machine', 'make_plan', 'this_machine', 'plan_run', 'device_memory_gib',
+           'planned_stages', 'plan_stage', 'stage_phases', 'mean_cost', 'plan_rows', 'plan_heading', 'plan_json']
 
 # %% ../../nbs/tools/704_plan.ipynb #fcd706d7
 class PlanError(ValueError):
@@ -143,6 +148,11 @@ class _Encoder(nn.Module):
         super().__init__()
         self.model = model
 
+    @property
+    def size(self) -> int:
+        "Parameters of the encoder alone."
+        return count_params(self.model) - _Decoder(self.model).size
+
     def forward(self, x: Tensor) -> Tensor:
         out = self.model.encode(x)
         return out.latent_dist.parameters if hasattr(out, "latent_dist") else out.latents
@@ -154,6 +164,12 @@ class _Decoder(nn.Module):
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
+
+    @property
+    def size(self) -> int:
+        "Parameters that `freeze_encoder` would leave trainable."
+        named = self.model.named_parameters()
+        return sum(p.numel() for k, p in named if "decoder" in k or "post_quant" in k)
 
     def forward(self, z: Tensor) -> Tensor:
         return self.model.decode(z).sample
@@ -239,9 +255,10 @@ def _measure_part(
 ) -> Part:
     options = dict(device=device, precision=precision, checkpointing=checkpointing)
     one, two = (activation_bytes(module, *_resize(inputs, n), **options) for n in (1, 2))
+    size = module.size if isinstance(module, _Encoder | _Decoder) else count_params(module)
     return Part(
         count_macs(module, *inputs),
-        count_params(module),
+        size,
         kept=two - one,
         kept_once=max(0, 2 * one - two),
     )
@@ -388,6 +405,7 @@ class Phase:
     kept: int = 0  # bytes per sample
     kept_once: int = 0  # bytes whatever the batch
     divided: bool = True  # among the processes
+    passes: int | None = None  # accumulated; None: as many as the profile says
 
 
 @dataclass(frozen=True)
@@ -548,7 +566,7 @@ def plan_stage(
     passes = 4 if p.gradient_checkpointing else 3
     for phase in phases:
         own = passes if phase.trained and name != "surrogates" else 3
-        accumulated = p.accumulation if phase.trained else 1
+        accumulated = (phase.passes or p.accumulation) if phase.trained else 1
         share = 1 if phase.trained or not phase.divided else m.processes
         samples = math.ceil(phase.steps / share) * phase.batch * accumulated
         for terms, cost, kind in (
@@ -601,10 +619,13 @@ def stage_phases(
 
 
 def _autoencoder(p: Profile, parts: dict, networks: Networks, m: Machine) -> list[Phase]:
+    from tocsr.stages.expansion import TRAINED_SHAPES  # needs the extra `train`
+
     a = p.autoencoder
     encoder, decoder = parts["encoder"], parts["decoder"]
     size = encoder.params + decoder.params
-    students = 2 if a.start == "scratch" else 1
+    given = a.shape not in TRAINED_SHAPES  # the base autoencoder is used as it is
+    students = 2 if a.start == "scratch" and not given else 1
     both = Phase(
         "L_VAE",
         students * a.steps,
@@ -613,7 +634,7 @@ def _autoencoder(p: Profile, parts: dict, networks: Networks, m: Machine) -> lis
         forward=(("encoder", 1),),
         trained=size,
         ema=a.steps > 500,
-        frozen=size,
+        frozen=size + given * size,
         kept=encoder.kept + decoder.kept,
         kept_once=encoder.kept_once + decoder.kept_once,
     )
@@ -625,7 +646,7 @@ def _autoencoder(p: Profile, parts: dict, networks: Networks, m: Machine) -> lis
         forward=(("encoder", 1),),
         trained=decoder.params,
         ema=a.decoder_steps > 500,
-        frozen=encoder.params,
+        frozen=encoder.params + size + given * size,
         kept=decoder.kept,
         kept_once=decoder.kept_once,
     )
@@ -633,7 +654,10 @@ def _autoencoder(p: Profile, parts: dict, networks: Networks, m: Machine) -> lis
 
 
 def _teacher(p: Profile, parts: dict, networks: Networks, m: Machine) -> list[Phase]:
+    from tocsr.stages.expansion_training import joint_batch  # needs the extra `train`
+
     t = p.teacher
+    batch, passes = joint_batch(t.batch, m.processes, p.accumulation)
     unet, encoder, decoder = parts["teacher"], parts["encoder"], parts["decoder"]
     vae = encoder.params + decoder.params
     variants = 4 if p.ablations else 1
@@ -652,7 +676,8 @@ def _teacher(p: Profile, parts: dict, networks: Networks, m: Machine) -> list[Ph
     joint = Phase(
         "joint",
         (1 + p.ablations) * t.joint_steps,
-        max(2, t.batch // 4),
+        batch,
+        passes=passes,
         training=(("teacher", 1), ("encoder", 1), ("decoder", 1)),
         forward=(("encoder", 2),),
         trained=unet.params + vae,
@@ -711,38 +736,77 @@ def _surrogates(p: Profile, parts: dict, networks: Networks, m: Machine) -> list
 def _search(p: Profile, parts: dict, networks: Networks, m: Machine) -> list[Phase]:
     s = p.search
     busiest = evaluations_per_process(len(s.eps) * s.iterations, s.parallel, m.processes)
-    return [_fidelity("f_acc", busiest, s.fidelity_samples, parts, p)]
+    options = {
+        name: [o for o in found if _is_searched(o, networks.teacher.shapes[name].layout, p)]
+        for name, found in stage_options(networks.teacher, networks.library).items()
+    }
+    share = mean_cost(networks, parts, options)
+    return [_fidelity(p, parts, share, architectures=busiest, latents=s.fidelity_samples)]
+
+
+def _is_searched(option: str, own: str, p: Profile) -> bool:
+    "Whether the search has this option of a stage whose own design is `own`."
+    names = p.surrogates.names
+    return names is None or option in (own, REMOVED, *names)
 
 
 def _tabular(p: Profile, parts: dict, networks: Networks, m: Machine) -> list[Phase]:
     s = p.search
     try:
-        size = parse_subspace(networks.teacher, networks.library, s.tabular_subspace).size
+        space = parse_subspace(networks.teacher, networks.library, s.tabular_subspace)
     except StageError as e:
         raise PlanError(
             f"search.tabular_subspace of profile {p.name} does not fit this teacher: {e}"
         ) from e
-    return [_fidelity("f_acc", size, s.tabular_latents, parts, p)]
+    share = mean_cost(networks, parts, space.options)
+    return [_fidelity(p, parts, share, architectures=space.size, latents=s.tabular_latents)]
 
 
 def _fidelity(
-    name: str, architectures: int, latents: int, parts: dict[str, Part], p: Profile
+    p: Profile,
+    parts: dict[str, Part],
+    share: float,  # cost of an architecture over the teacher's
+    *,
+    architectures: int,
+    latents: int,
 ) -> Phase:
-    "Evaluations by the main process; a random architecture costs half of the teacher and more."
+    "Evaluations by one process, with the whole library in memory."
     designs = p.surrogates.names
     surrogates = [k for k in parts if " " in k and (not designs or k.split()[1] in designs)]
     whole = sum(parts[k].params for k in surrogates)
     return Phase(
-        name,
+        "f_acc",
         architectures,
         latents,
-        forward=(("teacher", MEAN_ARCHITECTURE),),
+        forward=(("teacher", share),),
         frozen=parts["teacher"].params + whole,
         divided=False,
     )
 
 
-MEAN_ARCHITECTURE = 0.6  # cost of a random architecture over the teacher's
+def mean_cost(
+    networks: Networks,
+    parts: dict[str, Part],
+    options: dict[str, Sequence[str]],  # stage, or `DEEPEST` for the deepest ones -> designs
+) -> float:
+    """Multiply-accumulates of an architecture over the teacher's, in the mean over all choices of
+    one option per stage.
+
+    The mean of a sum is the sum of the means, so no architecture is assembled. A removed stage
+    costs nothing; the resampling to a removed level is counted still, below 0.5%."""
+    teacher = networks.teacher
+    own = {n: count_macs(m, *networks.features[n][0]) for n, m in teacher.stages.items()}
+
+    def cost(stage: str, design: str) -> int:
+        is_own = design == teacher.shapes[stage].layout
+        return own[stage] if is_own else parts[f"{stage} {design}"].macs
+
+    total = parts["teacher"].macs - sum(own.values())
+    for name, found in options.items():
+        stages = deepest_stages(teacher.levels) if name == DEEPEST else (name,)
+        designs = (o.split("-") for o in found if o != REMOVED)
+        total += sum(cost(s, d) for chosen in designs for s, d in zip(stages, chosen)) / len(found)
+    return total / parts["teacher"].macs
 
 
 def _compact(p: Profile, parts: dict, networks: Networks, m: Machine) -> list[Phase]:

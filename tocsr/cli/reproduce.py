@@ -29,10 +29,9 @@ from ..core.store import MODULES, data_hash, get_stage, machine, stage_key
 from ..core.time_limit import TimeLimitReached, time_left
 
 # %% auto #0
-__all__ = ['NO_STAGES', 'MAX_BYTES', 'RunError', 'stage_notebooks', 'repository', 'pick_notebooks', 'check_parameters',
-           'parse_parameter', 'notebook_json', 'library_files', 'library_hash', 'notebook_keys', 'read_records',
+__all__ = ['MAX_BYTES', 'RunError', 'notebook_json', 'library_files', 'library_hash', 'notebook_keys', 'read_records',
            'sigterm_as_interrupt', 'run_notebook', 'own_stages', 'reused_cost', 'NotebookResult', 'reproduce',
-           'format_duration', 'align_columns', 'run_summary', 'save_outputs']
+           'save_outputs']
 
 # %% ../../nbs/tools/701_reproduce.ipynb #e643ff7f
 class RunError(RuntimeError):
@@ -41,6 +40,7 @@ class RunError(RuntimeError):
 # %% ../../nbs/tools/701_reproduce.ipynb #2082c756
 # numbered, but not a part of the paper: no result depends on them
 NO_STAGES = ("08_try_it", "09_your_own_model")
+LAST = ("00_overview",)  # shows the results of all the others
 
 
 def stage_notebooks(root: Path) -> list[Path]:
@@ -51,7 +51,7 @@ def stage_notebooks(root: Path) -> list[Path]:
     found = [p for p in numbered if p.stem not in NO_STAGES]
     if not found:
         raise RunError(f"no notebooks nbs/01_*.ipynb in {root}")
-    return sorted(found, key=lambda p: p.stem.split("_", 1))  # 03 before 03b
+    return sorted(found, key=lambda p: (p.stem in LAST, p.stem.split("_", 1)))  # 03 before 03b
 
 
 def repository() -> Path:
@@ -449,10 +449,46 @@ def align_columns(rows: list[tuple]) -> str:
     return "\n".join("  ".join(str(c).ljust(w) for c, w in zip(r, widths)).rstrip() for r in rows)
 
 
+def _count_files(names: list[str]) -> str:
+    "Figures, tables and other results among file names: `12 figures, 15 tables, 6 other files`."
+    stems = {n.rsplit(".", 1)[0]: set() for n in names}
+    for n in names:
+        stem, _, suffix = n.rpartition(".")
+        stems[stem].add(suffix)
+    figures = sum("png" in s for s in stems.values())
+    tables = sum("csv" in s for s in stems.values())
+    other = len(stems) - sum(bool(s & {"png", "csv"}) for s in stems.values())
+    counts = {"figure": figures, "table": tables, "other file": other}
+    return ", ".join(f"{n} {kind}{'' if n == 1 else 's'}" for kind, n in counts.items())
+
+
+def verdict_summary(figures: Path) -> list[str]:
+    """The verdict on every finding and the counts of our own tests, where notebook 07 has run.
+
+    Results that an older version wrote are named instead.
+    """
+    from tocsr.evaluation.claims import ClaimError, read_claims
+    from tocsr.evaluation.findings import FindingError, count_verdicts, read_findings
+
+    if not (figures / "findings.json").is_file():
+        return []
+    try:
+        findings = read_findings(figures / "findings.json")
+        claims = read_claims(figures / "claims.json")
+    except (ClaimError, FindingError) as e:
+        return [f"no verdicts: {e}"]
+    counts = ", ".join(f"{n} {v}" for v, n in count_verdicts(findings).items())
+    rows = [(f.verdict, f.statement) for f in findings]
+    own = {s: sum(c.status == s for c in claims) for s in ("met", "missed")}
+    return [
+        f"findings of the paper: {counts}\n{align_columns(rows)}",
+        f"our own tests: {own['met']} met, {own['missed']} missed\n"
+        f"reasons and numbers: {figures / 'verdicts.md'}, {figures / 'claims.json'}",
+    ]
+
+
 def run_summary(outcomes: list[NotebookResult], profile: Profile) -> str:
-    """Summary of a run: time and memory of each notebook, the files made, and the table of claims
-    with the paper's values and ours."""
-    from tocsr.evaluation.claims import claims_table, read_claims
+    "Summary of a run on one screen: times, what was made and where, and the verdicts."
     from tocsr.evaluation.plots import figures_dir
 
     if not outcomes:
@@ -465,21 +501,18 @@ def run_summary(outcomes: list[NotebookResult], profile: Profile) -> str:
     ran = [o for o in outcomes if o.ran]
     seconds = sum(o.record["wall_s"] for o in ran)
     made = sorted({f for o in outcomes for f in o.record["made"]})
-    names = sorted({f.rsplit(".", 1)[0] for f in made})
     figures = figures_dir(profile)
+    places = [
+        (_count_files(made), str(figures)),
+        ("executed notebooks", str(outcomes[0].output.parent)),
+        ("results of every stage", str(runs_dir())),
+    ]
     text = [
         align_columns(rows),
-        f"{len(ran)} of {len(outcomes)} notebooks ran in {format_duration(seconds)}; "
-        f"executed copies in {outcomes[0].output.parent}",
-        f"{len(made)} files in {figures}: {', '.join(names) or 'none'}",
-        f"results of every stage in {runs_dir()}",
+        f"{len(ran)} of {len(outcomes)} notebooks ran in {format_duration(seconds)}",
+        align_columns(places),
+        *verdict_summary(figures),
     ]
-    if (figures / "claims.json").is_file():
-        columns = ("paper", "ours", "scale", "status")
-        claims = [("claim", *columns)]
-        for c in claims_table(read_claims(figures / "claims.json")):
-            claims.append((c["id"], *(c[k] for k in columns)))
-        text.append(f"paper and ours\n{align_columns(claims)}")
     return "\n\n".join(text)
 
 # %% ../../nbs/tools/701_reproduce.ipynb #3c6dae56

@@ -381,7 +381,7 @@ def _check_early(inputs: list[str], out: str | None, *, scale: float | None, as_
 
 def run_upscale(
     inputs: list[str],  # files, folders, or - alone
-    out: str | None,  # file, folder, - or None: beside the inputs
+    out: str | None,  # file, folder, - or None: next to the inputs
     *,
     scale: float | None,
     consistency: int | None,

@@ -54,7 +54,7 @@ def check_rendezvous(
 ):  # torch's store where they met, to be kept until they are connected; None: nothing to check
     """Raise `StoreError` unless all processes that the environment announces meet.
 
-    A cluster may leave WORLD_SIZE behind, and torch would wait for processes that were never started.
+    A cluster may leave WORLD_SIZE behind; torch would then wait for processes that nothing started.
     `accelerate launch` and `torchrun` have started them themselves, so there is nothing to check.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # set by those launchers

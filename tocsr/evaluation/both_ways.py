@@ -17,7 +17,9 @@ from ..core.config import WAYS, Profile, override
 from ..core.download import FetchError
 from ..core.files import runs_dir
 from ..core.image import read_image, to_array, to_tensor
+from ..core.runtime import pick_device
 from ..core.store import Artifact, stage_key
+from .methods import open_method
 from .metrics import summarize_values
 from .runner import evaluate_on_test_set
 from .test_sets import EvalError, open_test_set
@@ -73,6 +75,7 @@ def _measured_cells(entry: dict, name: str) -> dict:
 def real_world_rows(
     methods: Sequence[str | Path],  # as in `evaluation.methods.open_method`
     root: str | Path | None = None,  # folder of the sets; None: $TOCSR_DATA
+    device: str = "auto",  # of networks
 ) -> tuple[list[dict], dict[str, str]]:  # a row per method; set -> why it was not measured
     "Measure methods on the real-world sets of table 2 that are there."
     rows = {}
@@ -83,7 +86,8 @@ def real_world_rows(
         except (FetchError, EvalError) as e:
             missing[name] = str(e)
             continue
-        result = evaluate_on_test_set(methods, dataset, tuple(TABLE_2_METRICS.values()))
+        opened = [open_method(m, device=str(pick_device(device))) for m in methods]
+        result = evaluate_on_test_set(opened, dataset, tuple(TABLE_2_METRICS.values()))
         for method, entry in result["models"].items():
             row = rows.setdefault(method, dict(method=f"{method} (here)"))
             row |= _measured_cells(entry, name)

@@ -16,10 +16,12 @@ from pathlib import Path
 from ..core.files import write_json
 
 # %% auto #0
-__all__ = ['STATUSES', 'REQUIRED_CLAIMS', 'ClaimError', 'Claim', 'find_marks', 'render_readme', 'find_readme_drift']
+__all__ = ['OWN_STATUSES', 'STATUSES', 'REQUIRED_CLAIMS', 'ClaimError', 'Claim', 'find_marks', 'render_readme',
+           'find_readme_drift']
 
 # %% ../../nbs/tools/503_claims.ipynb #dce44516
-STATUSES = ("reproduced", "partial", "differs", "contradicts", "not attempted")
+OWN_STATUSES = ("met", "missed", "measured")  # of our own tests
+STATUSES = ("reproduced", "partial", "differs", "contradicts", *OWN_STATUSES, "not attempted")
 REQUIRED_CLAIMS = frozenset(
     (
         "count.params_16ch_M",
@@ -80,6 +82,8 @@ def _find_fault(c: Claim) -> str | None:
         return "a value is not finite"
     if isinstance(c.spread, tuple) and (len(spread) != 2 or spread[0] > spread[1]):
         return f"the interval {c.spread} is not (low, high)"
+    if c.status in OWN_STATUSES and c.paper is not None:
+        return f"{c.status} is for our own tests, and the paper has a value"
     if c.status == "not attempted" and c.ours is not None:
         return "a value of ours although not attempted"
     if c.status != "not attempted" and c.ours is None:
@@ -87,6 +91,29 @@ def _find_fault(c: Claim) -> str | None:
     if c.status != "reproduced" and not c.reason:
         return f"{c.status} without a reason"
     return None
+
+# %% ../../nbs/tools/503_claims.ipynb #ac14c7ec
+def threshold_status(
+    value: float | None,
+    minimum: float | None = None,
+    maximum: float | None = None,
+) -> str:  # one of `OWN_STATUSES`, or "not attempted"
+    "The status of a value of our own; `measured` without a threshold."
+    if value is None:
+        return "not attempted"
+    if minimum is None and maximum is None:
+        return "measured"
+    low = -math.inf if minimum is None else minimum
+    high = math.inf if maximum is None else maximum
+    return "met" if low <= value <= high else "missed"
+
+
+def describe_threshold(minimum: float | None = None, maximum: float | None = None) -> str:
+    "The threshold in words: `at least 0.9`; empty without one."
+    low, high = (None if v is None else f"{v:g}" for v in (minimum, maximum))
+    if low is None:
+        return "" if high is None else f"at most {high}"
+    return f"at least {low}" if high is None else f"{low} to {high}"
 
 # %% ../../nbs/tools/503_claims.ipynb #9d42c07d
 def _sort_unique(claims: Sequence[Claim]) -> list[Claim]:

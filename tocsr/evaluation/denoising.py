@@ -36,7 +36,7 @@ def denoising_errors(
     batch = max(1, min(batch, MAX_VALUES // z0[0].numel()))
     own = torch.arange(rank() if world_size() > 1 else 0, len(z0), world_size())
     rows = []
-    for i, t in enumerate(eval_timesteps(levels)):
+    for i, t in enumerate(eval_timesteps(levels, schedule.config.num_train_timesteps)):
         g = torch.Generator().manual_seed(seed * 1000 + i)
         noise = torch.randn(z0.shape, generator=g)
         row = [torch.empty(0)]
@@ -72,6 +72,7 @@ def linear_epsilon(linear: LinearDenoiser, schedule: DDPMScheduler):
 def linear_ratio(
     errors: Tensor,  # (levels, n) of the network
     linear: Tensor,  # (levels, n) of the linear denoiser
+    schedule: DDPMScheduler,  # of the network: its timesteps are those of the levels
     resamples: int = 1000,
     seed: int = 0,
 ) -> dict:
@@ -82,7 +83,7 @@ def linear_ratio(
     boot = (errors[:, picks].mean(2) / linear[:, picks].mean(2)).numpy()  # (levels, resamples)
     ratio = errors.mean(1) / linear.mean(1)
     return dict(
-        timesteps=eval_timesteps(len(errors)).tolist(),
+        timesteps=eval_timesteps(len(errors), schedule.config.num_train_timesteps).tolist(),
         per_level=ratio.tolist(),
         per_level_interval=[list(percentile_interval(b)) for b in boot],
         mean=ratio.mean().item(),

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import statistics
 import tempfile
 import time
@@ -25,9 +24,7 @@ from ..core.distributed import rank, wait_for_all, world_size
 from ..core.files import read_weights, save_weights
 from ..core.image import upsample
 from ..core.runtime import pick_device
-from ..data.degradations import degrade_images
-from ..data.images import load_photos
-from ..data.pairs import HELD_OUT_DEGRADATION, HELD_OUT_SEED, crop_hr
+from ..data.pairs import HeldOutPairs
 from tocsr.evaluation.metrics import (
     find_metric,
     find_unavailable,
@@ -43,21 +40,8 @@ from ..models.generator import OneStepGenerator, SRModel, sample_sr, upscale_in_
 from ..models.regression import RegressionNet
 
 # %% auto #0
-__all__ = ['summarize_metrics', 'upscale_with_bicubic', 'upscale_with_regression', 'count_cost', 'upscale_with_steps',
-           'upscale_with_student', 'make_methods']
-
-# %% ../../nbs/tools/506_held_out.ipynb #70406ba4
-def summarize_metrics(
-    sr: Tensor,  # (n, 3, h, w)
-    hr: Tensor,  # (n, 3, h, w)
-    scale: int,  # also the width of the border that is cropped
-    names: tuple[str, ...] = ("psnry", "ssim"),
-) -> dict:
-    "Per metric, the mean with its bootstrap interval over images, or the reason why it is missing."
-    return {
-        name: summarize_values(values)
-        for name, values in measure(names, sr, hr, border=scale).items()
-    }
+__all__ = ['upscale_with_bicubic', 'upscale_with_regression', 'count_cost', 'upscale_with_steps', 'upscale_with_student',
+           'make_methods']
 
 # %% ../../nbs/tools/506_held_out.ipynb #7d59ba32
 @dataclass(frozen=True)
@@ -178,31 +162,6 @@ def make_methods(
     return methods
 
 # %% ../../nbs/tools/506_held_out.ipynb #6443bc02
-class HeldOutPairs:
-    "The pairs of `heldout_pairs`, made one at a time."
-
-    def __init__(
-        self,
-        p: Profile,
-        side: int | None = None,  # HR pixels, before cropping to a multiple; None: `p.eval.crop`
-        factor: int = 1,  # of the autoencoder that reads the upsampled LR images
-    ):
-        self.p = p
-        self.side = side or p.eval.crop
-        self.multiple = math.lcm(p.data.scale, factor)
-        self.photos = load_photos(p.data).split("val")
-
-    def __len__(self) -> int:
-        return self.p.eval.crops
-
-    def pair(self, i: int) -> tuple[Tensor, Tensor]:  # (1, 3, s*h, s*w), (1, 3, h, w) in [-1, 1]
-        "HR crop `i` and its degraded LR counterpart."
-        seed = self.p.data.seed + HELD_OUT_SEED
-        hr = crop_hr(self.photos, self.side, self.multiple, seed=seed, indices=[i])
-        seeds = [HELD_OUT_DEGRADATION + i]
-        return hr, degrade_images(hr, self.p.eval.degradation, self.p.data.scale, seeds)
-
-
 SHOWN = 4  # images that are kept
 
 
@@ -322,6 +281,8 @@ def evaluate_methods(
     methods: list[Method],
     p: Profile,
     side: int,  # of the held-out crops, HR pixels
+    *,
+    factor: int,  # of the autoencoder that reads the upsampled LR images; 1: none
     folder: str | Path | None = None,  # of `measure_methods`; None: a temporary one
 ) -> tuple[list[dict], dict[str, Tensor], dict[str, dict]]:
     """Evaluate methods on the same crops.
@@ -330,8 +291,8 @@ def evaluate_methods(
     by method and metric."""
     if folder is None:
         with tempfile.TemporaryDirectory() as temporary:
-            return evaluate_methods(methods, p, side, temporary)
-    pairs = HeldOutPairs(p, side)
+            return evaluate_methods(methods, p, side, factor=factor, folder=temporary)
+    pairs = HeldOutPairs(p, side, factor)
     upscalers = {m.name: m.upscale for m in methods}
     device = pick_device(p.device)
     measured = measure_methods(upscalers, pairs, p.eval.metrics, folder, device=device)

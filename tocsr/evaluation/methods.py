@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -31,7 +31,7 @@ from .model_files import open_checkpoint, open_onnx
 from .test_sets import EVAL_SCALE, EvalError, TestSet, match_images
 
 # %% auto #0
-__all__ = ['autocast', 'open_results', 'at_scale', 'open_method']
+__all__ = ['autocast', 'count_stored', 'open_results', 'at_scale', 'open_method']
 
 # %% ../../nbs/tools/508_methods.ipynb #29fb9826
 RELEASED = "tocsr"  # the released model
@@ -58,6 +58,7 @@ class SRMethod:
     device: str = "cpu"  # that computes
     # index -> hash of a given image; the method itself is not timed then
     image_key: Callable[[int], str] | None = None
+    params: int | None = None  # trained parameters; None where they are not known
 
 # %% ../../nbs/tools/508_methods.ipynb #cf49f51a
 def autocast(device: str, dtype: str) -> torch.autocast:
@@ -149,6 +150,15 @@ _TITLES = {
 }
 
 
+def count_stored(files: Iterable[Path]) -> int:
+    "Numbers in safetensors files, counted from their headers."
+    total = 0
+    for file in files:
+        with safe_open(file, "pt") as f:
+            total += sum(math.prod(f.get_slice(k).get_shape()) for k in f.keys())
+    return total
+
+
 def _open_pipeline(
     name: str, folder: Path, device: str, consistency_factor: int | None = None
 ) -> SRMethod:
@@ -162,7 +172,16 @@ def _open_pipeline(
         _load_pipeline, folder=folder, consistency_factor=consistency_factor, device=device
     )
     scale = read_model_index(folder).get("scale", EVAL_SCALE)
-    return SRMethod(name, _TITLES.get(name, name), key, load, scale=scale, device=device)
+    params = count_stored(folder.rglob("*.safetensors"))
+    return SRMethod(
+        name,
+        _TITLES.get(name, name),
+        key,
+        load,
+        scale=scale,
+        device=device,
+        params=params,
+    )
 
 
 def _open_released(name: str, device: str) -> SRMethod:
@@ -181,6 +200,7 @@ def _open_baseline(name: str) -> SRMethod:
         key="" if reason else baseline_key(name),
         load=partial(_load_baseline, name=name),
         missing=reason,
+        params=find_baseline(name).params,
     )
 
 
@@ -262,7 +282,8 @@ def _open_file(path: Path, device: str) -> SRMethod:
         net = open_onnx(path)
     elif path.suffix.lower() == ".safetensors" and _is_regression(path):
         load = partial(_load_regression, file=path, device=device)
-        return SRMethod("l1", _TITLES["l1"], file_hash(path), load, device=device)
+        params = count_stored([path])
+        return SRMethod("l1", _TITLES["l1"], file_hash(path), load, device=device, params=params)
     else:
         net = open_checkpoint(path)
     where = device if net.any_device else "cpu"
@@ -284,7 +305,8 @@ def open_method(
     name = str(spec)
     if name == "bicubic":
         key = config_hash(name, source_hash(imresize))
-        return SRMethod(name, "bicubic", key, partial(_load_bicubic, scale=scale), scale=scale)
+        load = partial(_load_bicubic, scale=scale)
+        return SRMethod(name, "bicubic", key, load, scale=scale, params=0)
     if name in BASELINES:
         return _open_baseline(name)
     if name in (RELEASED, RELEASED_WEAK):

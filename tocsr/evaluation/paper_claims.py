@@ -15,14 +15,24 @@ from pathlib import Path
 import torch
 
 from ..core.config import Profile
-from .claims import Claim, read_claims, write_claims
+from ..core.weights import bundled_record
+from tocsr.evaluation.claims import (
+    Claim,
+    describe_threshold,
+    read_claims,
+    threshold_status,
+    write_claims,
+)
+from .influence import RELEVANT
 from .methods import RELEASED
+from .metrics import find_metric
 from .reported import reported_value
 from .runner import join_results, load_result, paired_statistic
 from .sr_claims import CLAIM_GROUPS, sr_claims, target_claims
 from ..models.architecture import PAPER_ARCHITECTURE, TEXT_FREE_PAPER_ARCHITECTURE
 from ..models.complexity import count_macs, count_params, sd15_unet, unet_inputs
 from ..models.surrogates import paper_readings
+from ..search.tabular import TabularBenchmark, effective_size
 
 # %% auto #0
 __all__ = []
@@ -103,13 +113,22 @@ def _counted(
     )
 
 
-_ONLY_RATIO = dict(status="partial", reason="the paper gives the ratio alone")
+_ONLY_RATIO = dict(status="measured", reason="the paper gives the ratio alone")
 
 
 def _expanded_claims(profile: str) -> list[Claim]:
     "Claims on the expanded UNet."
-    full = count_networks()[1]
+    base, full = count_networks()[:2]
+    printed = [reported_value("table_s4", row, "params M") for row in ("4ch base", "v2")]
     return [
+        _counted(
+            "expansion_params",
+            "more parameters with 16 latent channels than with 4",
+            paper=100 * (printed[1] / printed[0] - 1),
+            ours=100 * (full["params"] / base["params"] - 1),
+            unit="%",
+            profile=profile,
+        ),
         _counted(
             "params_16ch_M",
             "parameters of the expanded UNet",
@@ -181,39 +200,41 @@ def _compact_claims(profile: str) -> list[Claim]:
     ]
 
 
+_RATIO_TITLES = dict(
+    params="fewer parameters than the expanded UNet", gmacs="fewer GMACs than the expanded UNet"
+)
+
+
 def _ratio_claims(profile: str) -> list[Claim]:
-    "How many times fewer parameters and MACs than the expanded UNet."
+    "How many times fewer parameters and MACs than the expanded UNet, per reading."
     full = count_networks()[1]
-    drawn, text_free = (
-        {k: full[k] / find_reading(a)[k] for k in ("params", "macs")}
-        for a in (PAPER_ARCHITECTURE, TEXT_FREE_PAPER_ARCHITECTURE)
-    )
-    pairs = [f"({r['params']:.2f}x, {r['macs']:.2f}x)" for r in (drawn, text_free)]
+    readings = {
+        "": ("as drawn", find_reading(PAPER_ARCHITECTURE)),
+        "_text_free": ("without cross-attention", find_reading(TEXT_FREE_PAPER_ARCHITECTURE)),
+    }
+    ratios = {
+        suffix: dict(params=full["params"] / row["params"], gmacs=full["macs"] / row["macs"])
+        for suffix, (_, row) in readings.items()
+    }
+    pairs = [f"({r['params']:.2f}x, {r['gmacs']:.2f}x)" for r in ratios.values()]
     reason = (
-        f"one network has {pairs[0]} (with cross-attention), the other {pairs[1]} (without): none "
-        "has the printed pair (6.6x, 2.8x), and this ratio is one network's"
+        f"the network as drawn has {pairs[0]}, without cross-attention {pairs[1]}: neither has the "
+        "printed pair (6.6x, 2.8x)"
     )
+    printed = dict(params="parameters", gmacs="GMACs")
     return [
         _counted(
-            "ratio_params",
-            "fewer parameters than the expanded UNet, reading without cross-attention",
-            paper=reported_value("abstract", "parameters", "factor"),
-            ours=text_free["params"],
+            f"ratio_{quantity}{suffix}",
+            f"{_RATIO_TITLES[quantity]}, compact UNet {readings[suffix][0]}",
+            paper=reported_value("abstract", printed[quantity], "factor"),
+            ours=value,
             unit="x",
             profile=profile,
             status="partial",
             reason=reason,
-        ),
-        _counted(
-            "ratio_gmacs",
-            "fewer GMACs than the expanded UNet, reading with cross-attention",
-            paper=reported_value("abstract", "GMACs", "factor"),
-            ours=drawn["macs"],
-            unit="x",
-            profile=profile,
-            status="partial",
-            reason=reason,
-        ),
+        )
+        for suffix, r in ratios.items()
+        for quantity, value in r.items()
     ]
 
 
@@ -254,6 +275,17 @@ def stored_result_claims(folder: str | Path, profile: str) -> list[Claim]:
     return claims
 
 # %% ../../nbs/tools/518_paper_claims.ipynb #b8baedc2
+def _own_reason(
+    reason: str,
+    minimum: float | None = None,
+    maximum: float | None = None,
+) -> str:
+    "The reason of a test of our own, with its threshold."
+    threshold = describe_threshold(minimum, maximum)
+    parts = ("our own test, not in the paper", threshold and f"threshold: {threshold}", reason)
+    return "; ".join(filter(None, parts))
+
+
 BENCH_COMMAND = "python tests/bench/bench_pipeline.py --out paper_figures/bench_pipeline.json"
 
 
@@ -275,6 +307,7 @@ class _BenchClaim:
     value: Callable[[dict], float]  # of the benchmark
     unit: str
     reason: str
+    maximum: float | None = None  # threshold of our own
 
 
 def _tile_seam(bench: dict) -> float:
@@ -288,7 +321,8 @@ _BENCH_CLAIMS = (
         "largest difference between the tiled and the untiled result, 512 to 2048 pixels",
         value=lambda b: max(r["max"] for r in b["tile"]),
         unit="gray levels",
-        reason="threshold: 1 of 255",
+        reason="of 255",
+        maximum=1,
     ),
     _BenchClaim(
         "sr.tile_mean_diff",
@@ -309,14 +343,16 @@ _BENCH_CLAIMS = (
         "peak memory of 1024 to 4096 pixels, whole process",
         value=lambda b: b["memory"]["peak_gb"],
         unit="GB",
-        reason="threshold: at most 3",
+        reason="peak of the process, Python and torch included",
+        maximum=3,
     ),
     _BenchClaim(
         "size.wheel_mb",
         "size of the wheel, weights included",
         value=lambda b: b["wheel"]["mb"],
         unit="MB",
-        reason="threshold: bundled weights at most 40 MB together",
+        reason="all weights together",
+        maximum=40,
     ),
 )
 
@@ -325,23 +361,26 @@ def benchmark_claims(folder: str | Path, profile: str) -> list[Claim]:
     "Claims on the stored benchmark; `not attempted` if it was not measured with these weights."
     bench = load_pipeline_benchmark(folder)
     missing = f"not measured with these weights: {BENCH_COMMAND}"
-    return [
-        Claim(
-            id=c.id,
-            claim=c.text,
-            paper=None,
-            ours=c.value(bench) if bench else None,
-            spread=None,
-            unit=c.unit,
-            scale="nano",
-            profile=profile,
-            status="partial" if bench else "not attempted",
-            source="tests/bench/bench_pipeline.py",
-            command=BENCH_COMMAND,
-            reason=f"our own test, not in the paper; {c.reason}" if bench else missing,
+    claims = []
+    for c in _BENCH_CLAIMS:
+        value = c.value(bench) if bench else None
+        claims.append(
+            Claim(
+                id=c.id,
+                claim=c.text,
+                paper=None,
+                ours=value,
+                spread=None,
+                unit=c.unit,
+                scale="nano",
+                profile=profile,
+                status=threshold_status(value, maximum=c.maximum),
+                source="tests/bench/bench_pipeline.py",
+                command=BENCH_COMMAND,
+                reason=_own_reason(c.reason, maximum=c.maximum) if bench else missing,
+            )
         )
-        for c in _BENCH_CLAIMS
-    ]
+    return claims
 
 # %% ../../nbs/tools/518_paper_claims.ipynb #5c16795a
 STORED_GROUPS = ("count.", *(f"sr.{g}." for g in CLAIM_GROUPS.values()))
@@ -385,6 +424,8 @@ NOTEBOOKS = dict(
     compact="03_search",
     onestep="05_onestep",
     latent="06_ablations",
+    size="06_ablations",
+    tabular="03_search",
     speed="07_paper",
     sr="05_onestep",
 )
@@ -404,11 +445,16 @@ def nano_claim(
     paper: float | None = None,
     spread: float | Sequence | None = None,
     unit: str = "",
-    status: str = "partial",
+    status: str = "partial",  # where the paper has a value
     reason: str = SMALL,
+    minimum: float | None = None,  # thresholds of our own, where it has none
+    maximum: float | None = None,
     notebook: str | None = None,  # None: by the group of the id
 ) -> Claim:
     "A claim measured at nano scale; `not attempted` without a value of ours."
+    if paper is None and ours is not None:
+        status = threshold_status(ours, minimum, maximum)
+        reason = _own_reason(reason, minimum, maximum)
     if isinstance(spread, (tuple, list)):
         spread = None if None in spread else tuple(spread)
     notebook = notebook or NOTEBOOKS[id.split(".")[0]]
@@ -445,11 +491,11 @@ def autoencoder_claims(results: dict, p: Profile) -> list[Claim]:
         ("teacher_16ch", "psnr_pca16", "the 16-channel patch PCA (baseline, ours)", None),
     )
     notes = dict(
-        psnr_16ch="our threshold: 1 dB above the patch PCA, 3 dB above 4 channels",
+        psnr_16ch="other images and metric protocol than the paper's",
         psnr_4ch=budget,
         psnr_pca16="a closed form",
     )
-    return [
+    claims = [
         nano_claim(
             f"vae.{id}",
             f"reconstruction by {text}",
@@ -461,13 +507,41 @@ def autoencoder_claims(results: dict, p: Profile) -> list[Claim]:
         )
         for key, id, text, row in rows
     ]
+    return claims + _autoencoder_tests(results, p)
 
 
-def _compare_with(value: float, low: float, maximum: float) -> str:
-    "Whether an upper threshold is met."
-    if value <= maximum:
-        return "met"
-    return "not met, but inside the interval" if low <= maximum else "not met"
+def _autoencoder_tests(results: dict, p: Profile) -> list[Claim]:
+    "How much the 16-channel autoencoder gains over the patch PCA and over 4 channels."
+    tests = (
+        ("pca", "the 16-channel patch PCA", "teacher_16ch", 1),
+        ("4ch", "the 4-channel autoencoder", "4ch", 3),
+    )
+    claims = []
+    for id, text, key, minimum in tests:
+        pair = [results[k]["psnr"] for k in ("16ch", key)]
+        if any(isinstance(v, str) for v in pair):
+            continue
+        claims.append(
+            nano_claim(
+                f"vae.gain_{id}",
+                f"PSNR of reconstructions, 16-channel autoencoder minus {text}",
+                ours=pair[0]["mean"] - pair[1]["mean"],
+                unit="dB",
+                profile=p.name,
+                minimum=minimum,
+                reason=training_scale(p.autoencoder.start),
+            )
+        )
+    return claims
+
+
+def _model_card_ratio(kind: str, start: str) -> str:
+    "What the card of the bundled teacher says of the same quantity; empty for another teacher."
+    if start != "bundled":
+        return ""
+    results = bundled_record("teacher")["results"]
+    title, row = next((t, r) for t, r in results.items() if isinstance(r, dict) and kind in r)
+    return f"the model card: {row[kind]:.3f} ({title.partition('(')[2].rstrip(')')}); "
 
 
 def teacher_claims(results: dict, p: Profile) -> list[Claim]:
@@ -478,7 +552,7 @@ def teacher_claims(results: dict, p: Profile) -> list[Claim]:
         ("mean", "mean of ten noise levels", 0.75),
         ("max", "worst of ten noise levels", 1),
     ):
-        met = _compare_with(ratio[kind], ratio[f"{kind}_interval"][0], maximum)
+        card = _model_card_ratio("worst_level" if kind == "max" else kind, results["start"])
         claims.append(
             nano_claim(
                 f"teacher.linear_ratio_{kind}",
@@ -486,8 +560,9 @@ def teacher_claims(results: dict, p: Profile) -> list[Claim]:
                 ours=ratio[kind],
                 spread=ratio[f"{kind}_interval"],
                 profile=p.name,
-                reason=f"our own test, not in the paper; threshold: at most {maximum}, {met}; "
-                f"{training_scale(results['start'])}",
+                maximum=maximum,
+                reason=f"{p.teacher.eval_samples} crops of this profile's held-out photographs; "
+                f"{card}{training_scale(results['start'])}",
             )
         )
     claims += _expansion_claims(results["expansions"], p)
@@ -516,7 +591,7 @@ def _epsilon_claims(expansions: dict, p: Profile) -> list[Claim]:
             ours=row["loss"],
             spread=row["sem"],
             profile=p.name,
-            status="partial" if found or variant == "bridge" else "differs",
+            status="partial" if found else "differs",
             reason=reason,
         )
         for variant, row in expansions.items()
@@ -542,15 +617,55 @@ def _expansion_claims(expansions: dict, p: Profile) -> list[Claim]:
                 ours=row["loss"],
                 spread=row["sem"],
                 profile=p.name,
-                status="differs" if printed else "partial",
+                status="differs",
                 reason=f"{floor}; {SMALL}",
             )
         )
     return claims
 
 
-def compact_claims(results: dict, p: Profile) -> list[Claim]:
-    "The compact network that was found, from the results of stage `compact`."
+def describe_relevance(share: float) -> str:
+    "How many of the teacher's parameters matter, for the reasons of claims on compression."
+    return (
+        f"{share:.0%} of the teacher's parameters are in stages whose influence on its output is "
+        f"{RELEVANT:.0%} of its error or more (claims teacher.influence)"
+    )
+
+
+def influence_claims(
+    influence: dict[str, float],  # stage -> influence at the noisier half of the levels
+    share: float,  # of the parameters, in relevant stages
+    p: Profile,
+) -> list[Claim]:
+    "How much the teacher's output depends on each stage."
+    start = training_scale(p.teacher.start)
+    claims = [
+        nano_claim(
+            f"teacher.influence.{stage}",
+            f"change of the noise estimate without stage {stage}, relative to the teacher's error",
+            ours=value,
+            profile=p.name,
+            reason=f"mean of the noisier half of the levels; {start}",
+        )
+        for stage, value in influence.items()
+    ]
+    claims.append(
+        nano_claim(
+            "teacher.params_that_matter",
+            f"share of the parameters in stages with an influence of {RELEVANT:.0%} or more",
+            ours=share,
+            profile=p.name,
+            reason=f"what compression can remove without loss is not in it; {start}",
+        )
+    )
+    return claims
+
+
+def compact_claims(results: dict, p: Profile, relevance: str) -> list[Claim]:
+    """The compact network that was found, from the results of stage `compact`.
+
+    `relevance` is the text of `describe_relevance`.
+    """
     held_out = results["held_out"]
     start = "bundled" if "bundled" in held_out else ""
     ratios = results["ratios"]
@@ -562,7 +677,8 @@ def compact_claims(results: dict, p: Profile) -> list[Claim]:
             ours=ratios["params"],
             unit="x",
             profile=p.name,
-            reason=f"the size is the target of the selection, so the ratio is given; {SMALL}",
+            reason=f"the size is the target of the selection, so the ratio is given; {relevance}; "
+            f"{SMALL}",
         ),
         nano_claim(
             "compact.gmacs_ratio",
@@ -578,7 +694,7 @@ def compact_claims(results: dict, p: Profile) -> list[Claim]:
             "denoising error of the network found relative to the best linear denoiser's",
             ours=held_out[results["variants"][0]]["ratio"],
             profile=p.name,
-            reason=f"our own test, not in the paper; {training_scale(start)}",
+            reason=training_scale(start),
         ),
     ]
 
@@ -591,6 +707,10 @@ def _difference(a: float, b: float) -> float:
     return a - b
 
 
+def _absolute_difference(a: float, b: float) -> float:
+    return abs(a - b)
+
+
 @dataclass(frozen=True)
 class _Comparison:
     "A paired comparison of two methods."
@@ -599,8 +719,10 @@ class _Comparison:
     text: str
     methods: tuple[str, str]
     metric: str
-    note: str
-    relative: bool = False  # ratio minus 1 instead of a difference
+    note: str = ""
+    statistic: Callable[[float, float], float] = _difference
+    minimum: float | None = None  # thresholds of our own
+    maximum: float | None = None
     training_size: bool = False  # on crops of the training size, where the stage has them
 
 
@@ -613,7 +735,17 @@ def _list_comparisons(p: Profile) -> list[_Comparison]:
             "PSNR on luma of the paper's one-step student minus its multi-step teacher's",
             methods=gap,
             metric="psnry",
-            note="threshold: at least -0.3",
+            note="the sign; onestep.paper_abs_gap_psnr has the threshold",
+            training_size=True,
+        ),
+        _Comparison(
+            "onestep.paper_abs_gap_psnr",
+            "PSNR on luma of the paper's one-step student against its multi-step teacher's, size "
+            "of the difference",
+            methods=gap,
+            metric="psnry",
+            statistic=_absolute_difference,
+            maximum=0.3,
             training_size=True,
         ),
         _Comparison(
@@ -621,8 +753,9 @@ def _list_comparisons(p: Profile) -> list[_Comparison]:
             "ST-LPIPS of the paper's one-step student over its multi-step teacher's, minus 1",
             methods=gap,
             metric="stlpips",
-            note="threshold: at most 0.05",
-            relative=True,
+            statistic=_relative,
+            minimum=-0.05,
+            maximum=0.05,
             training_size=True,
         ),
         _Comparison(
@@ -630,8 +763,8 @@ def _list_comparisons(p: Profile) -> list[_Comparison]:
             "ST-LPIPS of our one-step student (short run) over the paper's, minus 1",
             methods=("ours + consistency", "paper"),
             metric="stlpips",
-            note="threshold: at most -0.15",
-            relative=True,
+            statistic=_relative,
+            maximum=-0.15,
         ),
         _Comparison(
             "sr.teacher_gap_stlpips",
@@ -659,7 +792,7 @@ def _comparison_claim(c: _Comparison, results: dict, p: Profile) -> Claim:
     same = c.training_size and "training_size" in results
     values = (results["training_size"] if same else results)["values"]
     crops = dict(models={m: dict(values=v) for m, v in values.items()})
-    v = paired_statistic(crops, c.metric, c.methods, _relative if c.relative else _difference)
+    v = paired_statistic(crops, c.metric, c.methods, c.statistic)
     unit = "dB" if c.metric == "psnry" else ""
     if isinstance(v, str):
         reason = v.removeprefix("not available: ")
@@ -672,7 +805,9 @@ def _comparison_claim(c: _Comparison, results: dict, p: Profile) -> Claim:
         spread=(v["low"], v["high"]),
         unit=unit,
         profile=p.name,
-        reason=f"our own test, not in the paper; {c.note}; {v['n']} crops of {size} px; {SMALL}",
+        minimum=c.minimum,
+        maximum=c.maximum,
+        reason="; ".join(filter(None, (c.note, f"{v['n']} crops of {size} px", SMALL))),
     )
 
 
@@ -741,6 +876,65 @@ def ablation_claims(results: dict, p: Profile) -> list[Claim]:
         )
     return claims
 
+# %% ../../nbs/tools/518_paper_claims.ipynb #d81ed747
+_CAPACITY = (  # group, text, methods, rows of table S7
+    (
+        "latent",
+        "16 minus 4 latent channels, compact network",
+        ("compact, 16ch", "compact, 4ch"),
+        ("130 M, 16ch", "130 M, 4ch"),
+    ),
+    (
+        "size",
+        "larger minus compact network, 16 latent channels",
+        ("larger, 16ch", "compact, 16ch"),
+        ("300 M, 16ch", "130 M, 16ch"),
+    ),
+)
+_CAPACITY_METRICS = dict(psnry="PSNR", stlpips="LPIPS")  # ours, and the paper's
+
+
+def _sign_status(paper: float, low: float, high: float) -> str:
+    "Status of a difference whose sign is the paper's statement."
+    if low <= 0 <= high:
+        return "differs"
+    return "partial" if (low > 0) == (paper > 0) else "contradicts"
+
+
+def capacity_claims(
+    values: dict[str, dict],  # method -> metric -> values per crop
+    p: Profile,
+) -> list[Claim]:
+    "What more latent channels and a larger UNet gain in table S7, paired over crops."
+    crops = dict(models={m: dict(values=v) for m, v in values.items()})
+    claims = []
+    for group, text, methods, rows in _CAPACITY:
+        for metric, printed in _CAPACITY_METRICS.items():
+            pair = [reported_value("table_s7", row, printed) for row in rows]
+            known = dict(paper=pair[0] - pair[1], profile=p.name)
+            known["unit"] = "dB" if metric == "psnry" else ""
+            id = f"{group}.gain_{metric}"
+            title = f"{find_metric(metric).title}, {text}"
+            v = paired_statistic(crops, metric, methods, _difference)
+            if isinstance(v, str) or v["low"] is None:
+                reason = v.removeprefix("not available: ") if isinstance(v, str) else "one crop"
+                claims.append(nano_claim(id, title, ours=None, reason=reason, **known))
+                continue
+            status = _sign_status(known["paper"], v["low"], v["high"])
+            claims.append(
+                nano_claim(
+                    id,
+                    title,
+                    ours=v["value"],
+                    spread=(v["low"], v["high"]),
+                    status=status,
+                    reason=f"{p.ablation.steps} steps from random weights, {v['n']} crops; the "
+                    f"paper: {printed} on DIV2K-Val; {SMALL}",
+                    **known,
+                )
+            )
+    return claims
+
 # %% ../../nbs/tools/518_paper_claims.ipynb #702b9fe3
 _SEARCH_TEXTS = {
     "search.evals_1pct_ours": "evaluations to within 1% of the true optimum, ours",
@@ -750,7 +944,13 @@ _SEARCH_TEXTS = {
     "search.front_regret_ours": "mean excess of our front over the true one",
     "search.front_regret_paper": "mean excess of the front of the paper's method over the true one",
     "search.step_cpu_s_38x5": "CPU seconds of one step of our search in a space of 38 x 5",
-    "search.truth_size": "architectures whose f_acc is known",
+    "search.evals_1pct_charged_paper": "evaluations to within 1% of the true optimum, the paper's "
+    "method, everything counted",
+    "search.evals_1pct_charged_ours": "evaluations to within 1% of the true optimum, ours, the "
+    "single substitutions counted",
+    "search.evals_1pct_charged_additive": "evaluations to within 1% of the true optimum, additive "
+    "scoring, the single substitutions counted",
+    "search.truth_size": "architectures in the tabular benchmark, f_acc measured on a few latents",
     "search.front_ordered": "neighbors on the measured front whose order is certain at 95%",
 }
 
@@ -760,13 +960,33 @@ def describe_search_claims(claims: dict[str, dict]) -> dict[str, dict]:
     described = {}
     for id, c in claims.items():
         reason = f"{c['note']}; {c['source']}"
-        known = dict(ours=c["value"], spread=c["spread"], reason=reason)
+        known = {k: c[k] for k in ("minimum", "maximum") if k in c}
+        known |= dict(ours=c["value"], spread=c["spread"], reason=reason)
         described[id] = dict(text=_SEARCH_TEXTS[id], **known)
     return described
 
 
+def benchmark_size_claim(
+    table: TabularBenchmark,
+    source: str,  # of the table
+) -> dict[str, dict]:
+    "Claim `tabular.effective_size`: how many architectures differ by more than the error."
+    size, error = effective_size(table)
+    return {
+        "tabular.effective_size": dict(
+            text="architectures of the tabular benchmark that differ by more than its error",
+            ours=size,
+            spread=None,
+            minimum=10_000,
+            reason=f"product of the options of stages that move f_acc by more than its median "
+            f"standard error of {error:.1%}; {source}",
+        )
+    }
+
+
 def described_claims(
-    claims: dict[str, dict],  # id -> text, ours (None: not measurable), spread, reason
+    # id -> text, ours (None: not measurable), spread, reason, minimum and maximum of a threshold
+    claims: dict[str, dict],
     p: Profile,
     notebook: str | None = None,  # None: by the group of the id
 ) -> list[Claim]:
@@ -779,7 +999,9 @@ def described_claims(
             spread=c["spread"],
             unit="s" if "_s_" in id else "",
             profile=p.name,
-            reason=f"our own test, not in the paper; {c['reason']}",
+            reason=c["reason"],
+            minimum=c.get("minimum"),
+            maximum=c.get("maximum"),
             notebook=notebook,
         )
         for id, c in claims.items()
@@ -798,6 +1020,7 @@ def speed_claim(
         ours=statistics.median(ratios),
         spread=(ratios[0], ratios[-1]),
         profile=p.name,
-        reason=f"threshold 0.5; median and range of {len(ratios)} rounds; "
+        minimum=0.5,
+        reason=f"median and range of {len(ratios)} rounds; "
         f"{torch.get_num_threads()} threads, batch {p.teacher.batch}",
     )

@@ -18,7 +18,7 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from .. import __version__
 from ..core.config import Profile, default_way, folder_name, is_standard
@@ -28,15 +28,13 @@ from ..core.image import to_array
 from ..core.store import Artifact, machine
 
 # %% auto #0
-__all__ = ['PALETTE', 'OURS', 'PAPER', 'MARK', 'RECORDED_PACKAGES', 'default_style', 'as_image_array', 'image_grid',
-           'profile_scale', 'provenance', 'footnote', 'figure_bytes', 'save_figure', 'EncodedFigure', 'as_jpeg',
-           'as_png', 'markdown_table', 'csv_table', 'save_table']
+__all__ = ['markdown_table', 'csv_table', 'save_table']
 
 # %% ../../nbs/tools/501_plots.ipynb #826e6350
-PALETTE = ("#0072B2", "#E69F00", "#009E73", "#56B4E9", "#CC79A7", "#000000", "#D55E00")
+PALETTE = ("#0072B2", "#E69F00", "#CC79A7", "#000000", "#56B4E9", "#D55E00")
 OURS = PALETTE[0]  # our values
 PAPER = "#767676"  # the paper's
-MARK = "#D55E00"  # marked places
+MARK = PALETTE[-1]  # marked places
 _RC = {
     "figure.dpi": 110,
     "figure.constrained_layout.use": True,
@@ -73,6 +71,48 @@ def default_style():
     with mpl.rc_context(_RC):
         yield
 
+# %% ../../nbs/tools/501_plots.ipynb #dd5a7248
+def plain_log_ticks(axis, subs: Sequence[int] = (1, 2, 5)):
+    "Plain numbers as the ticks of a log axis, at these multiples of every power of ten."
+    axis.set_major_locator(mpl.ticker.LogLocator(subs=subs))
+    axis.set_major_formatter(mpl.ticker.StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(mpl.ticker.NullFormatter())
+
+
+def _spread(positions: Sequence[float], distance: float) -> list[float]:
+    "Ascending positions, moved to be at least `distance` apart and to end at 1 or below."
+    moved = []
+    for p in positions:
+        moved.append(max(p, moved[-1] + distance) if moved else p)
+    for i in range(len(moved) - 1, -1, -1):
+        limit = 1.0 if i + 1 == len(moved) else moved[i + 1] - distance
+        moved[i] = min(moved[i], limit)
+    return moved
+
+
+def label_line_ends(
+    ax: plt.Axes,  # with its final scale and limits
+    ends: Sequence[tuple[float, float, str, str]],  # x, y of the line's end, text, color
+):
+    "Write a text at the right of the axis for every line, joined to its end by a thin line."
+    ax.autoscale_view()  # else the limits are found at drawing time
+    fraction = (ax.transScale + ax.transLimits).transform
+    ends = sorted(ends, key=lambda e: fraction(e[:2])[1])
+    distance = 9 / 72 / (0.75 * ax.figure.get_figheight())
+    heights = _spread([fraction(e[:2])[1] for e in ends], distance)
+    for (x, y, text, color), height in zip(ends, heights):
+        ax.annotate(
+            text,
+            (x, y),
+            (1.04, height),
+            textcoords="axes fraction",
+            va="center",
+            fontsize=7,
+            color=color,
+            arrowprops=dict(arrowstyle="-", color=color, lw=0.5, shrinkA=1, shrinkB=1),
+            annotation_clip=False,
+        )
+
 # %% ../../nbs/tools/501_plots.ipynb #fa0d117e
 def as_image_array(
     image: torch.Tensor | np.ndarray,  # (3, h, w) in [-1, 1], or uint8 (h, w, 3)
@@ -87,36 +127,144 @@ def as_image_array(
     got = f"{type(image).__name__} {shape}"
     raise ValueError(f"an image is a (3, h, w) tensor or a uint8 (h, w, 3) array, got {got}")
 
+# %% ../../nbs/tools/501_plots.ipynb #cf1c81fd
+PANEL = 256  # pixels of a panel's longer side at least
+DETAIL = 3  # enlargement of a detail of super-resolution results
+_INK = (34, 34, 34)
+_SPACING = 6  # pixels between panels
+_LETTERS = (18, 10)  # largest and smallest size of letters in pixels
 
-def _show_image(ax, image):
-    ax.imshow(as_image_array(image))
-    ax.set(xticks=[], yticks=[])
-    ax.grid(False)
-    ax.spines[:].set_visible(False)
+
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    "The figures' font, from matplotlib's package."
+    return ImageFont.truetype(Path(mpl.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), size)
+
+
+def _fitting_font(texts: Sequence[str], width: int) -> ImageFont.FreeTypeFont:
+    "The largest font in which every line is at most `width` pixels wide; the smallest if none is."
+    largest, smallest = _LETTERS
+    lines = [line for text in texts for line in text.splitlines()]
+    for size in range(largest, smallest, -1):
+        font = _font(size)
+        if all(font.getlength(line) <= width for line in lines):
+            return font
+    return _font(smallest)
+
+
+def repeat_pixels(array: np.ndarray, factor: int) -> np.ndarray:  # (h, w, 3) -> (f h, f w, 3)
+    "Every pixel as a square of `factor` pixels."
+    return array.repeat(factor, 0).repeat(factor, 1)
+
+
+def detail_window(
+    image: np.ndarray,  # (h, w, 3)
+    size: tuple[int, int],  # height and width of the window
+) -> tuple[int, int]:  # its top and left
+    "The window with the strongest edges."
+    gray = image.astype(float).mean(2)
+    edges = np.abs(np.diff(gray, axis=0))[:, 1:] + np.abs(np.diff(gray, axis=1))[1:]
+    sums = np.pad(edges.cumsum(0).cumsum(1), ((1, 0), (1, 0)))
+    h, w = (n - 1 for n in size)
+    inside = sums[h:, w:] - sums[:-h, w:] - sums[h:, :-w] + sums[:-h, :-w]
+    top, left = np.unravel_index(inside.argmax(), inside.shape)
+    return int(top), int(left)
+
+
+def _panel(image: np.ndarray, height: int, width: int) -> np.ndarray:  # (height, width, 3)
+    "An image, enlarged by the largest whole factor that fits, in the middle of a white panel."
+    h, w = image.shape[:2]
+    enlarged = repeat_pixels(image, max(1, min(height // h, width // w)))
+    panel = np.full((height, width, 3), 255, np.uint8)
+    top, left = (height - enlarged.shape[0]) // 2, (width - enlarged.shape[1]) // 2
+    panel[top : top + enlarged.shape[0], left : left + enlarged.shape[1]] = enlarged
+    return panel
+
+
+def _outline(panel: np.ndarray, box: tuple[int, int, int, int]) -> np.ndarray:
+    "A copy of a panel with a white rectangle (left, top, right, bottom) in a black one."
+    image = Image.fromarray(panel)
+    draw = ImageDraw.Draw(image)
+    draw.rectangle(box, outline="black", width=3)
+    left, top, right, bottom = box
+    draw.rectangle((left + 1, top + 1, right - 1, bottom - 1), outline="white")
+    return np.asarray(image)
+
+
+def _add_details(panels: list[np.ndarray | None], factor: int) -> list[np.ndarray | None]:
+    "Each panel with its detail below; the first panel shows where the detail is."
+    height, width = panels[-1].shape[:2]
+    size = (height // factor, width // factor)
+    top, left = detail_window(panels[-1], size)
+    rows, columns = slice(top, top + size[0]), slice(left, left + size[1])
+    box = (left - 1, top - 1, left + size[1], top + size[0])
+    both = []
+    for i, panel in enumerate(panels):
+        if panel is not None:
+            part = _panel(repeat_pixels(panel[rows, columns], factor), height, width)
+            whole = _outline(panel, box) if i == 0 else panel
+            panel = np.concatenate([whole, np.full((_SPACING, width, 3), 255, np.uint8), part])
+        both.append(panel)
+    return both
+
+
+def _grid_panels(rows: Sequence[Sequence], side: int, detail: int) -> list[list[np.ndarray | None]]:
+    "Panels of one size, None where there is no image."
+    arrays = [[None if x is None else as_image_array(x) for x in row] for row in rows]
+    shapes = [a.shape[:2] for row in arrays for a in row if a is not None]
+    height, width = (max(n) for n in zip(*shapes))
+    factor = max(1, -(-side // max(height, width)))
+    height, width = factor * height, factor * width
+    panels = [[None if a is None else _panel(a, height, width) for a in row] for row in arrays]
+    return [_add_details(row, detail) for row in panels] if detail else panels
 
 
 def image_grid(
     rows: Sequence[Sequence],  # of images; None leaves a cell empty
-    titles: Sequence[str] = (),  # of the columns
+    titles: Sequence[str] = (),  # of the columns; several lines are possible
     labels: Sequence[str] = (),  # of the rows
-    side: float = 1.3,  # inches per image
-) -> plt.Figure:
-    "Images in rows and columns."
-    columns = max(map(len, rows))
-    size = (side * columns + 0.3 * bool(labels), side * len(rows) + 0.25)
-    with default_style():
-        fig, axes = plt.subplots(len(rows), columns, figsize=size, squeeze=False)
-        for i, row in enumerate(rows):
-            for j in range(columns):
-                if j < len(row) and row[j] is not None:
-                    _show_image(axes[i, j], row[j])
-                else:
-                    axes[i, j].axis("off")
-                if i == 0 and j < len(titles):
-                    axes[i, j].set_title(titles[j])
-            if i < len(labels):
-                axes[i, 0].set_ylabel(labels[i], fontsize=7)
-    return fig
+    *,
+    side: int = PANEL,  # a panel's longer side has this many pixels at least
+    captions: Sequence[Sequence[str]] = (),  # of the images, in rows
+    detail: int = 0,  # enlargement of a part of every image below it; 0: none
+) -> Image.Image:
+    """Images in rows and columns, one pixel of an image on a square of whole pixels.
+
+    With `detail`, every row ends with the image that decides what part is shown."""
+    panels = _grid_panels(rows, side, detail)
+    columns = max(map(len, panels))
+    height, width = next(p for row in panels for p in row if p is not None).shape[:2]
+    texts = [*titles, *(c for row in captions for c in row)]
+    font = _fitting_font(texts, width)
+    line = sum(font.getmetrics())
+    head = line * max((t.count("\n") + 1 for t in titles), default=0)
+    foot = line * max((c.count("\n") + 1 for row in captions for c in row), default=0)
+    margin = (line + _SPACING) * bool(labels)
+    step_x, step_y = width + _SPACING, height + foot + _SPACING
+    size = (margin + columns * step_x - _SPACING, head + len(panels) * step_y - _SPACING)
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    centered = dict(fill=_INK, font=font, anchor="ma", align="center", spacing=0)
+    for j, title in enumerate(titles):
+        draw.text((margin + j * step_x + width // 2, 0), title, **centered)
+    for i, row in enumerate(panels):
+        top = head + i * step_y
+        for j, panel in enumerate(row):
+            if panel is not None:
+                sheet.paste(Image.fromarray(panel), (margin + j * step_x, top))
+        for j, caption in enumerate(captions[i] if captions else ()):
+            middle = margin + j * step_x + width // 2
+            draw.text((middle, top + height), caption, **centered)
+        if i < len(labels):
+            sheet.paste(_vertical_text(labels[i], height, line), (0, top))
+    return sheet
+
+
+def _vertical_text(text: str, height: int, width: int) -> Image.Image:
+    "A line of text that reads upwards, in the middle of an image of this size."
+    strip = Image.new("RGB", (height, width), "white")
+    font = _fitting_font([text], height)
+    ImageDraw.Draw(strip).text((height // 2, width // 2), text, _INK, font, anchor="mm")
+    return strip.transpose(Image.Transpose.ROTATE_90)
 
 # %% ../../nbs/tools/501_plots.ipynb #42a62c6d
 COMMITTED_PROFILES = ("cpu", "release", "gpu", "paper")  # their figures belong to the repository
@@ -214,18 +362,28 @@ def footnote(record: dict) -> str:
     "Footnote of a figure that is not at the paper's scale; empty for one that is."
     if record["scale"] == "paper":
         return ""
-    config = record["config"]
-    widths = "/".join(map(str, config["unet"]["channels"]))
-    patch = config["data"]["patch"]
-    size = f"UNet {widths} wide, {patch} px patches"
-    return f"profile {record['profile']}, {record['scale']} scale: {size}"
+    return f"profile {record['profile']}, {record['scale']} scale"
 
 # %% ../../nbs/tools/501_plots.ipynb #3858e7da
-def figure_bytes(fig: plt.Figure, kind: str, **options) -> bytes:
-    "The figure as a file (png, jpeg, pdf), margins cut off; options as for `savefig`."
+Figure = plt.Figure | Image.Image  # drawn by matplotlib, or composed pixel by pixel
+PNG_DPI = 200  # of line art: 1600 pixels for a page's width of 8 inches
+
+
+def figure_bytes(fig: Figure, kind: str, **options) -> bytes:
+    """The figure as a file (png, jpeg, pdf), margins cut off; options as for `savefig`.
+
+    An image keeps its pixels; of the options, `pil_kwargs` applies to it."""
     out = io.BytesIO()
-    fig.savefig(out, format=kind, bbox_inches="tight", pad_inches=0.04, **options)
+    if isinstance(fig, Image.Image):
+        fig.save(out, kind, **options.get("pil_kwargs", {}))
+    else:
+        fig.savefig(out, format=kind, bbox_inches="tight", pad_inches=0.04, **options)
     return out.getvalue()
+
+
+def holds_photographs(fig: Figure) -> bool:
+    "Whether a figure is an image or has one in a panel."
+    return isinstance(fig, Image.Image) or any(ax.images for ax in fig.axes)
 
 
 def _write_with_side_file(
@@ -256,30 +414,57 @@ def _add_footnotes(fig: plt.Figure, text: str, panel_scales: dict) -> list:
     return added
 
 
+def _with_footnote(image: Image.Image, text: str) -> Image.Image:
+    "The image with a line of text below it, at the right."
+    if not text:
+        return image
+    font = _fitting_font([text], image.width)
+    sheet = Image.new("RGB", (image.width, image.height + sum(font.getmetrics())), "white")
+    sheet.paste(image, (0, 0))
+    ImageDraw.Draw(sheet).text((image.width, image.height), text, "#777777", font, anchor="ra")
+    return sheet
+
+
 def save_figure(
-    fig: plt.Figure,
+    fig: Figure,
     name: str,  # "figure_3"
     out_dir: str | Path,
     record: dict,  # of `provenance`
     *,
-    dpi: int = 170,
+    dpi: int = PNG_DPI,
     panel_scales: dict[plt.Axes, str] | None = None,  # panel -> its own footnote
+    note: str | None = None,  # the figure's footnote; None: `footnote(record)`
 ) -> list[Path]:
-    "Write `name`.png, `name`.pdf and `name`.json, each atomically, with footnotes of scale."
+    """Write `name`.png, `name`.json and, without photographs, `name`.pdf, with footnotes of scale.
+
+    Each file is written atomically; a PDF of the same name that is not written is removed."""
+    text = footnote(record) if note is None else note
+    if isinstance(fig, Image.Image):
+        contents = {f"{name}.png": figure_bytes(_with_footnote(fig, text), "png")}
+    else:
+        panels = panel_scales or {}
+        contents, scales = _draw_files(fig, name, dpi=dpi, text=text, panels=panels)
+        record = dict(record, panel_scales=scales) if scales else record
+    if f"{name}.pdf" not in contents:
+        Path(out_dir, f"{name}.pdf").unlink(missing_ok=True)
+    return _write_with_side_file(name, Path(out_dir), record, contents)
+
+
+def _draw_files(
+    fig: plt.Figure, name: str, *, dpi: int, text: str, panels: dict[plt.Axes, str]
+) -> tuple[dict[str, bytes], dict[int, str]]:
+    "File name -> content, and number of the panel -> its footnote."
     fig.draw_without_rendering()
     fig.set_layout_engine("none")  # every further pass of the layout would move the axes by a hair
-    panels = panel_scales or {}
-    added = _add_footnotes(fig, footnote(record), panels)
+    added = _add_footnotes(fig, text, panels)
     empty = {"CreationDate": None, "Producer": None, "Creator": None}
-    with mpl.rc_context({"pdf.fonttype": 42}):
-        png = figure_bytes(fig, "png", dpi=dpi, metadata={"Software": None})
-        pdf = figure_bytes(fig, "pdf", dpi=dpi, metadata=empty)
-    for text in added:
-        text.remove()
-    if panels:
-        record = dict(record, panel_scales={fig.axes.index(a): s for a, s in panels.items()})
-    files = {f"{name}.png": png, f"{name}.pdf": pdf}
-    return _write_with_side_file(name, Path(out_dir), record, files)
+    files = {f"{name}.png": figure_bytes(fig, "png", dpi=dpi, metadata={"Software": None})}
+    if not holds_photographs(fig):
+        with mpl.rc_context({"pdf.fonttype": 42}):
+            files[f"{name}.pdf"] = figure_bytes(fig, "pdf", dpi=dpi, metadata=empty)
+    for letters in added:
+        letters.remove()
+    return files, {fig.axes.index(a): s for a, s in panels.items()}
 
 # %% ../../nbs/tools/501_plots.ipynb #9a6992b6
 class EncodedFigure:
@@ -299,9 +484,12 @@ class EncodedFigure:
         return self.data if self.kind == "jpeg" else None
 
 
-def as_jpeg(fig: plt.Figure, quality: int = 88) -> EncodedFigure:
+def as_jpeg(fig: Figure, quality: int = 88) -> EncodedFigure:
     "A figure of photographs as a notebook's output, closed."
-    data = figure_bytes(fig, "jpeg", dpi=fig.dpi, pil_kwargs=dict(quality=quality))
+    kwargs = dict(quality=quality)
+    if isinstance(fig, Image.Image):
+        return EncodedFigure(figure_bytes(fig, "jpeg", pil_kwargs=kwargs), "jpeg")
+    data = figure_bytes(fig, "jpeg", dpi=fig.dpi, pil_kwargs=kwargs)
     plt.close(fig)
     return EncodedFigure(data, "jpeg")
 

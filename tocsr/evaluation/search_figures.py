@@ -10,87 +10,124 @@ from collections.abc import Sequence
 import matplotlib.pyplot as plt
 import numpy as np
 
-from .plots import MARK, OURS, PAPER, default_style
+from tocsr.evaluation.plots import (
+    MARK,
+    OURS,
+    PAPER,
+    default_style,
+    label_line_ends,
+    plain_log_ticks,
+)
 from ..search.log import Evaluation
 from ..search.methods import SEARCH_METHODS
 
 # %% auto #0
-__all__ = ['plot_regret', 'plot_front_regret', 'plot_front', 'plot_compact']
+__all__ = ['COLUMNS', 'EXACT', 'NEAR', 'plot_regret', 'plot_front_regret', 'plot_front', 'plot_compact']
 
 # %% ../../nbs/tools/514_search_figures.ipynb #88d11325
-def _line_widths(n: int) -> np.ndarray:  # (n,)
-    "Descending widths, so that curves that coincide remain visible."
-    return np.linspace(1 + 0.4 * (n - 1), 1, n)
+COLUMNS = 4  # panels in a row
+EXACT = 0.1  # percent: regret below it is drawn on a linear scale
+NEAR = 1.0  # percent: regret of a solution that counts as found
 
 
-def _draw_quartiles(ax, name: str, curves: np.ndarray, width: float) -> None:  # (runs, n)
-    "Median and quartiles over runs, in percent."
-    low, middle, high = 100 * np.quantile(curves, [0.25, 0.5, 0.75], axis=0)
-    n = np.arange(1, len(middle) + 1)
-    method = SEARCH_METHODS[name]
-    ax.plot(n, middle, color=method.color, linewidth=width, label=method.title)
-    ax.fill_between(n, low, high, color=method.color, alpha=0.15, linewidth=0)
+def _method_panels(names: Sequence[str], height: float = 1.5) -> tuple[plt.Figure, list[plt.Axes]]:
+    "A panel per method, titled and with common axes; panels at the left and below have labels."
+    columns = min(COLUMNS, len(names))
+    rows = -(-len(names) // columns)
+    size = (0.5 + 1.75 * columns, 0.4 + height * rows)
+    fig, axes = plt.subplots(rows, columns, figsize=size, sharex=True, sharey=True, squeeze=False)
+    panels = list(axes.flat)
+    for ax in panels[len(names) :]:
+        ax.axis("off")
+    for i, (ax, name) in enumerate(zip(panels, names)):
+        ax.set_title(SEARCH_METHODS[name].title, color=SEARCH_METHODS[name].color, weight="bold")
+        ax.tick_params(labelbottom=i + columns >= len(names))
+    return fig, panels[: len(names)]
+
+
+def _quartiles(runs: np.ndarray) -> np.ndarray:  # (runs, n) -> (3, n)
+    "Quartiles over runs, in percent."
+    return 100 * np.quantile(runs, [0.25, 0.5, 0.75], axis=0)
+
+
+def _plot_methods(
+    curves: dict[str, np.ndarray], *, logarithmic: bool, title: str = ""
+) -> plt.Figure:
+    "A panel per method: median and quartiles over its runs, the other medians in gray."
+    spread = {name: _quartiles(runs) for name, runs in curves.items()}
+    with default_style():
+        fig, panels = _method_panels(list(curves))
+        for name, ax in zip(curves, panels):
+            color = SEARCH_METHODS[name].color
+            for other, (low, middle, high) in spread.items():
+                n = np.arange(1, len(middle) + 1)
+                if other != name:
+                    ax.plot(n, middle, color="#c8c8c8", linewidth=0.8, zorder=1)
+                    continue
+                ax.fill_between(n, low, high, color=color, alpha=0.25, linewidth=0)
+                ax.plot(n, middle, color=color, linewidth=1.6, zorder=3)
+            ax.axhline(NEAR, color=MARK, linewidth=0.6, linestyle=(0, (4, 2)))
+            ax.set_yscale("symlog", linthresh=EXACT, linscale=0.5)
+            ax.set_yticks([0, EXACT, NEAR, 10, 100], ["0", f"{EXACT:g}", f"{NEAR:g}", "10", "100"])
+            ax.minorticks_off()
+            if logarithmic:
+                ax.set_xscale("log")
+                plain_log_ticks(ax.xaxis, (1,))
+        ceiling = 1.3 * max(NEAR, *(s.max() for s in spread.values()))
+        panels[0].set_ylim(-0.02, ceiling)
+        fig.supxlabel("evaluations", fontsize=8)
+        fig.supylabel("regret, % (lower is better)", fontsize=8)
+        fig.suptitle(title, fontsize=8)
+    return fig
 
 
 def plot_regret(curves: dict[str, np.ndarray], title: str = ""):  # method -> (seeds, eps, budget)
     "Regret of single eps against evaluations: median and quartiles over runs."
-    with default_style():
-        fig, ax = plt.subplots(figsize=(3.6, 2.4))
-        for (name, curve), width in zip(curves.items(), _line_widths(len(curves))):
-            _draw_quartiles(ax, name, curve.reshape(-1, curve.shape[-1]), width)
-        ax.set(xlabel="evaluations", ylabel="regret, %", title=title, ylim=(0, None))
-        ax.legend()
-    return fig
+    flat = {name: c.reshape(-1, c.shape[-1]) for name, c in curves.items()}
+    return _plot_methods(flat, logarithmic=False, title=title)
 
 
 def plot_front_regret(seeds: dict[str, list[dict]]):  # method -> results of `compare_seed`
     "Regret of the front, mean over eps, against evaluations: median and quartiles over seeds."
-    with default_style():
-        fig, ax = plt.subplots(figsize=(4.2, 2.8))
-        for (name, runs), width in zip(seeds.items(), _line_widths(len(seeds))):
-            n = max(len(s["regret"]) for s in runs)
-            curves = [s["regret"] + s["regret"][-1:] * (n - len(s["regret"])) for s in runs]
-            _draw_quartiles(ax, name, np.array(curves), width)
-        ax.set(
-            xlabel="evaluations for the whole grid",
-            ylabel="mean regret of the front, %",
-            xscale="log",
-        )
-        ax.legend(fontsize=6)
-    return fig
+    curves = {}
+    for name, runs in seeds.items():
+        n = max(len(s["regret"]) for s in runs)
+        padded = [s["regret"] + s["regret"][-1:] * (n - len(s["regret"])) for s in runs]
+        curves[name] = np.array(padded)
+    title = "evaluations for the whole grid of eps; dashed: 1%; gray: the other methods"
+    return _plot_methods(curves, logarithmic=True, title=title)
 
 # %% ../../nbs/tools/514_search_figures.ipynb #372f0faf
 def plot_front(results: dict, evaluations: Sequence[Evaluation]):  # of stage `search`
-    "Parameters against f_acc: all evaluations, every method's front, the paper's vector."
+    "Parameters against f_acc: all evaluations, each method's front, the paper's architecture."
     unit = results["unit"]
     paper = results["reference"]["paper"]
-    largest = max(row["eps"] for row in results["front"])
+    finite = [e for e in evaluations if np.isfinite(e.f_acc) and e.f_acc > 0]
+    names = list(dict.fromkeys(row["method"] for row in results["front"]))
     with default_style():
-        fig, ax = plt.subplots(figsize=(3.8, 2.6))
-        finite = [e for e in evaluations if np.isfinite(e.f_acc)]
-        x = [e.f_acc / unit for e in finite]
-        ax.scatter(x, [e.cost / 1e6 for e in finite], s=4, color="#bbbbbb", label="evaluated")
-        names = list(dict.fromkeys(row["method"] for row in results["front"]))
-        for name, width in zip(names, _line_widths(len(names))):
+        fig, panels = _method_panels(names)
+        for name, ax in zip(names, panels):
+            x = [e.f_acc / unit for e in finite]
+            ax.scatter(x, [e.cost / 1e6 for e in finite], s=3, color="#c8c8c8", lw=0)
             rows = [r for r in results["front"] if r["method"] == name and r["feasible"]]
             ax.plot(
                 [r["f_acc_relative"] for r in rows],
                 [r["params"] / 1e6 for r in rows],
                 marker="o",
-                markersize=3 * width,
-                linewidth=width,
+                markersize=3,
                 color=SEARCH_METHODS[name].color,
-                label=SEARCH_METHODS[name].title,
             )
-        if "f_acc" in paper:
-            point = ([paper["f_acc"] / unit], [paper["params"] / 1e6])
-            ax.scatter(*point, marker="*", s=60, color=MARK, label="the paper's vector", zorder=3)
-        ax.set(
-            xlim=(0, 1.2 * max(largest, 1.0)),
-            xlabel="$f_{acc}$ / $f_{acc}$ of the paper's vector",
-            ylabel="parameters, M",
-        )
-        ax.legend()
+            if "f_acc" in paper:
+                point = ([paper["f_acc"] / unit], [paper["params"] / 1e6])
+                ax.scatter(*point, marker="*", s=45, color=MARK, ec="white", lw=0.4, zorder=3)
+            ax.set(xscale="log", yscale="log")
+            plain_log_ticks(ax.xaxis, (1,))
+            plain_log_ticks(ax.yaxis)
+        fig.supxlabel("$f_{acc}$ / $f_{acc}$ of the paper's architecture", fontsize=8)
+        fig.supylabel("parameters, M", fontsize=8)
+        title = "front of each method; gray: all evaluations"
+        star = "; star: the paper's architecture" if "f_acc" in paper else ""
+        fig.suptitle(title + star, fontsize=8)
     return fig
 
 # %% ../../nbs/tools/514_search_figures.ipynb #e6955e39
@@ -105,13 +142,23 @@ def plot_compact(results: dict):  # of stage `compact`
         bundled=("#56B4E9", "ours, bundled weights"),
     )
     with default_style():
-        fig, ax = plt.subplots(figsize=(4.6, 2.4))
-        for name, report in results["held_out"].items():
+        fig, ax = plt.subplots(figsize=(4.6, 2.6))
+        ends = []
+        for (name, report), marker in zip(results["held_out"].items(), "os^Dv"):
             color, label = looks[name]
             levels = len(report["per_level"])
             t = (np.arange(levels) + 0.5) * results["timesteps"] / levels
-            ax.plot(t, report["per_level"], marker="o", color=color, label=label)
+            hollow = dict(markerfacecolor="none") if name == "teacher" else {}
+            size = (
+                6 if name == "teacher" else 3.5
+            )  # the teacher's hollow markers show what is inside
+            ax.plot(
+                t, report["per_level"], marker=marker, markersize=size, color=color, lw=1, **hollow
+            )
+            ends.append((t[-1], report["per_level"][-1], label, color))
         ax.axhline(1, color="#999999", linewidth=0.6)
         ax.set(xlabel="timestep", ylabel="error / linear denoiser's", yscale="log")
-        ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
+        plain_log_ticks(ax.yaxis, range(1, 10))
+        ax.set_title("error of the noise estimate (lower is better; 1: the linear denoiser)")
+        label_line_ends(ax, ends)
     return fig

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from .claims import Claim
+from .claims import Claim, threshold_status
 from .methods import RELEASED, RELEASED_WEAK, SR_METHODS
 from .metrics import find_metric, metric_title, summarize_values
 from .runner import fraction_closed, median_time, metric_values, paired_statistic
@@ -61,7 +61,7 @@ def _metric_claim(result: dict, method: str, quantity: str, *, profile: str, sca
         unit="s" if time else find_metric(quantity).unit,
         scale=scale,
         profile=profile,
-        status="partial" if measured else "not attempted",
+        status="measured" if measured else "not attempted",
         source=_SOURCE,
         command=_command(result),
         reason="our own test, not in the paper"
@@ -208,10 +208,10 @@ MISSED_REASONS = dict(
 def _explain_target(row: dict) -> str:
     if row["met"] is None:
         return row["value"].removeprefix("not available: ")
-    met = "met"
+    reason = f"our own test, not in the paper; threshold: at least {row['minimum']:g}"
     if row["met"] == "no":
-        met = f"not met: {MISSED_REASONS.get(row['id'], 'no reason found yet')}"
-    return f"our own threshold, not the paper's: at least {row['minimum']:g}, {met}"
+        reason += f"; {MISSED_REASONS.get(row['id'], 'no reason found yet')}"
+    return reason
 
 
 def target_claims(
@@ -239,7 +239,9 @@ def target_claims(
                 unit="",
                 scale=scale,
                 profile=profile,
-                status="partial" if measured else "not attempted",
+                status=threshold_status(
+                    row["value"]["mean"] if measured else None, minimum=row["minimum"]
+                ),
                 source=_SOURCE,
                 command=_command(result),
                 reason=_explain_target(row),

@@ -7,25 +7,35 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 
 import matplotlib.pyplot as plt
 import torch
+from PIL import Image
 
+from .drawings import format_params
 from .methods import RELEASED, SRMethod, open_method
-from .metrics import lower_better, metric_title, summarize_values
+from .metrics import lower_better, metric_title, psnr_y, summarize_values
 from tocsr.evaluation.plots import (
+    DETAIL,
     OURS,
-    PALETTE,
+    PANEL,
     PAPER,
-    as_image_array,
     default_style,
     image_grid,
+    plain_log_ticks,
 )
-from .runner import MethodRunner, median_time, metric_values, ordered_methods
+from tocsr.evaluation.runner import (
+    MethodRunner,
+    median_time,
+    metric_values,
+    ordered_methods,
+    paired_statistic,
+)
 from .test_sets import EvalError, TestSet
 
 # %% auto #0
-__all__ = ['plot_trade_off', 'center_crops', 'comparison_grid', 'plot_images_and_costs']
+__all__ = ['FAR', 'plot_trade_off', 'center_crops', 'comparison_grid']
 
 # %% ../../nbs/tools/511_sr_figures.ipynb #378a5bcd
 _TIME = "cpu_seconds"
@@ -54,10 +64,64 @@ def _points(result: dict, x: str, y: str) -> list[tuple[str, str, dict, dict]]:
     return points
 
 
-def _error_bar(summary: dict) -> list[list[float]]:
-    if summary["low"] is None:
-        return [[0], [0]]
-    return [[summary["mean"] - summary["low"]], [summary["high"] - summary["mean"]]]
+def _difference(a: float, b: float) -> float:
+    return a - b
+
+
+def _error_bar(result: dict, method: str, quantity: str, reference: str | None) -> list | None:
+    "Lengths of the bar below and above a point; None where there is no difference to show."
+    if reference in (None, method):
+        return None
+    d = paired_statistic(result, quantity, (method, reference), _difference)
+    if isinstance(d, str) or d["low"] is None:
+        return None
+    return [[max(0.0, d["value"] - d["low"])], [max(0.0, d["high"] - d["value"])]]
+
+
+FAR = 2  # times the range of all other points: a point farther away is drawn at the edge
+
+
+def _without_far(values: Sequence[float]) -> tuple[float, float]:
+    "Smallest and largest value to show, without one that lies far from all others."
+    v = sorted(values)
+    if len(v) > 3:
+        if v[1] - v[0] > FAR * (v[-1] - v[1]):
+            return v[1], v[-1]
+        if v[-1] - v[-2] > FAR * (v[-2] - v[0]):
+            return v[0], v[-2]
+    return v[0], v[-1]
+
+
+def _limit_axis(ax: plt.Axes, values: Sequence[float]) -> tuple[float, float]:
+    "Limits of a linear horizontal axis with space for labels."
+    low, high = _without_far(values)
+    space = 0.12 * (high - low) or 1
+    ax.set_xlim(low - space, high + 3.5 * space)
+    return low, high
+
+
+def _label_points(ax: plt.Axes, points: Sequence[tuple[float, float, str, str]]):
+    "Text right of each point (x, y, text, color), moved vertically where two would overlap."
+    height = 8 / 72 / (0.8 * ax.figure.get_figheight())  # of a line, as a fraction of the axis
+    fraction = (ax.transScale + ax.transLimits).transform
+    placed = []
+    for x, y, text, color in sorted(points, key=lambda p: p[1]):
+        u, v = fraction((x, y))
+        width = 0.011 * len(text)
+        while any(abs(v - w) < height and abs(u - z) < max(width, o) for z, w, o in placed):
+            v += height / 4
+        placed.append((u, v, width))
+        ax.annotate(
+            text,
+            (x, y),
+            (u + 0.025, v),
+            textcoords="axes fraction",
+            va="center",
+            fontsize=6.5,
+            color=color,
+            bbox=dict(fc="white", ec="none", alpha=0.75, pad=0.4),
+            arrowprops=dict(arrowstyle="-", color=color, lw=0.4, shrinkA=0, shrinkB=2),
+        )
 
 
 def plot_trade_off(
@@ -66,37 +130,51 @@ def plot_trade_off(
     y: str = "stlpips",
     ours: Sequence[str] = (RELEASED,),  # methods in our color
 ) -> plt.Figure:
-    """Plot one quantity against another, one point with intervals per method.
+    """Plot one quantity against another, one labeled point per method.
 
-    Raises `EvalError` if no method has both.
-    """
+    Bars are 95% intervals of the difference from the first of `ours`, on the same images. Raises
+    `EvalError` if no method has both quantities."""
     points = _points(result, x, y)
     if not points:
         raise EvalError(f"no method has both {x} and {y} on {result['set']}")
+    named = {name: title for name, title, *_ in points}
+    reference = next((n for n in ours if n in named), None)
     with default_style():
-        fig, ax = plt.subplots(figsize=(5, 2.7))
-        others = iter(zip(PALETTE[1:] * 2, "sD^vP*X<>hHd"))
-        for name, title, a, b in points:
-            color, marker = (OURS, "o") if name in ours else next(others)
-            ax.errorbar(
-                a["mean"],
-                b["mean"],
-                xerr=_error_bar(a),
-                yerr=_error_bar(b),
-                fmt=marker,
-                color=color,
-                markersize=4.5,
-                elinewidth=0.6,
-                capsize=1.5,
-                label=title,
-            )
+        fig, ax = plt.subplots(figsize=(6.2, 3.2))
         if x == _TIME:
             ax.set_xscale("log")
+            ax.margins(x=0.25)
+            plain_log_ticks(ax.xaxis, (1,))
+            low, high = 0.0, float("inf")
+        else:
+            low, high = _limit_axis(ax, [a["mean"] for *_, a, _ in points])
+        labels = []
+        for name, title, a, b in points:
+            color = OURS if name in ours else "#444444"
+            far = not low <= a["mean"] <= high
+            at = ax.get_xlim()[a["mean"] > high] if far else a["mean"]
+            ax.errorbar(
+                at,
+                b["mean"],
+                xerr=None if far else _error_bar(result, name, x, reference),
+                yerr=None if far else _error_bar(result, name, y, reference),
+                fmt="<" if far and a["mean"] < low else ">" if far else "o",
+                color=color,
+                markersize=5,
+                ecolor="#bbbbbb",
+                elinewidth=0.8,
+                clip_on=not far,
+            )
+            beyond = f" ({metric_title(x)} {a['mean']:.3g}, beyond the axis)" if far else ""
+            labels.append((at, b["mean"], title + beyond, color))
         ax.set(xlabel=_axis_label(x), ylabel=_axis_label(y))
-        # points lie too close for labels next to them
-        ax.legend(loc="upper left", bbox_to_anchor=(1.02, 1), fontsize=6.5)
-        images = f"{result['set']}, {len(result['images'])} images, {result['degradation']}"
-        ax.set_title(f"{images}; {result['protocol']['threads']} thread(s)", fontsize=7)
+        fig.draw_without_rendering()  # fixes the limits that the labels need
+        _label_points(ax, labels)
+        title = f"{result['set']}, {len(result['images'])} images, {result['degradation']}"
+        title += f"; {result['protocol']['threads']} thread(s)"
+        if reference:
+            title += f"\nbars: 95% interval of the difference from {named[reference]}"
+        ax.set_title(title, fontsize=7)
     return fig
 
 # %% ../../nbs/tools/511_sr_figures.ipynb #1a3f0273
@@ -130,11 +208,12 @@ def comparison_grid(
     dataset: TestSet,
     methods: Sequence[str | Path | SRMethod],
     cases: Sequence[tuple[int, tuple[int, int, int]]],  # index, (left, top, side) in HR pixels
-    side: float = 1.3,  # inches per panel
+    *,
+    side: int = PANEL,  # pixels per panel at least
     dtype: str = "fp32",
-) -> plt.Figure:
-    """Draw crops next to each other, one row per case: LR, methods, HR; methods that cannot run
-    are left out.
+) -> Image.Image:
+    """Crops next to each other, two rows per case: LR, methods, HR, and a detail of each; methods
+    that cannot run are left out.
 
     Raises `EvalError` for a crop outside its image, or of no image.
     """
@@ -149,29 +228,87 @@ def comparison_grid(
         left, top, s = crop
         images = (nearest, *results, hr[0])
         rows.append([x[:, top : top + s, left : left + s] for x in images])
-    titles = [m.title.replace("Real-ESRGAN ", "Real-ESRGAN\n") for m in opened]
-    return image_grid(rows, ["LR", *titles, "HR"], side=side)
+    keys = [[r.image_key(dataset, i) for i, _ in cases] for r in runners]
+    titles = ["LR", *map(_column_title, runners, keys), "HR"]
+    return image_grid(rows, titles, side=side, detail=DETAIL)
+
+
+def _column_title(runner: MethodRunner, keys: Sequence[str]) -> str:
+    "Name of a method, its median seconds on images of the store, and its parameters."
+    m = runner.method
+    facts = []
+    if runner.timed:
+        seconds = median(runner.cache.get(k, runner.time_key)[0] for k in keys)
+        facts.append(f"{seconds:.2g} s")
+    if m.params:
+        facts.append(f"{format_params(m.params)} parameters")
+    return f"{m.title}\n{', '.join(facts)}"
+
+# %% ../../nbs/tools/511_sr_figures.ipynb #54ad9a5f
+ROW_LABELS = ("largest gain over bicubic", "median gain", "smallest gain")
+BORDER = 4  # pixels that PSNR leaves out at each side
+
+
+def _psnr_y(x: torch.Tensor, hr: torch.Tensor) -> float:
+    "PSNR-Y of images (3, h, w) in [-1, 1]."
+    return psnr_y((x.clamp(-1, 1) + 1) / 2, (hr + 1) / 2, BORDER)
+
+
+def choose_rows(
+    images: dict[str, torch.Tensor],  # title -> (n, 3, h, w) in [-1, 1]; HR, bicubic, and `method`
+    method: str,
+) -> dict[int, str]:  # index -> label
+    "Images with the largest, the middle and the smallest gain of `method` in PSNR-Y."
+    gain = [
+        _psnr_y(x, hr) - _psnr_y(bicubic, hr)
+        for x, bicubic, hr in zip(images[method], images["bicubic"], images["HR"])
+    ]
+    order = sorted(range(len(gain)), key=lambda i: -gain[i])
+    places = (0, len(order) // 2, len(order) - 1)
+    chosen = {}
+    for place, label in zip(places, ROW_LABELS):
+        chosen.setdefault(order[place], f"{label}: {gain[order[place]]:+.1f} dB")
+    return chosen
+
+
+def result_grid(
+    images: dict[str, torch.Tensor],  # title -> (n, 3, h, w) in [-1, 1]; with HR
+    columns: dict[str, str],  # name in `images` -> title; HR last
+    rows: dict[int, str],  # index -> label, as of `choose_rows`
+    *,
+    detail: int = DETAIL,
+) -> Image.Image:
+    "Rows of results with PSNR-Y below each, except for LR and HR."
+    shown = [[images[k][i].clamp(-1, 1) for k in columns] for i in rows]
+    results = [k for k in columns if k not in ("LR", "HR")]
+    captions = []
+    for i in rows:
+        psnr = {k: f"{_psnr_y(images[k][i], images['HR'][i]):.1f} dB" for k in results}
+        captions.append([psnr.get(k, "") for k in columns])
+    labels = list(rows.values()) if any(rows.values()) else ()
+    return image_grid(shown, list(columns.values()), labels, captions=captions, detail=detail)
 
 # %% ../../nbs/tools/511_sr_figures.ipynb #71a816cd
-def plot_images_and_costs(
-    images: dict[str, torch.Tensor],  # title -> (3, h, w) in [-1, 1]
+def plot_costs(
     costs: dict[str, dict],  # network -> params, macs
     ours: Sequence[str] = (),  # networks in our color
 ) -> plt.Figure:
-    "Images in a row, then bars of parameters and MACs; the last two axes are the bars'."
+    "Bars of parameters and MACs, with their ratio to the first network."
+    quantities = (("params", 1e6, "parameters, M"), ("macs", 1e9, "GMACs of one call, 512 px"))
+    colors = [OURS if n in ours else PAPER for n in costs]
     with default_style():
-        fig, axes = plt.subplots(1, len(images) + 2, figsize=(1.6 * (len(images) + 2), 1.8))
-        for ax, (title, image) in zip(axes, images.items()):
-            ax.imshow(as_image_array(image.clamp(-1, 1)), interpolation="nearest")
-            ax.set(title=title, xticks=[], yticks=[])
-            ax.grid(False)
-        colors = [OURS if n in ours else PAPER for n in costs]
-        for ax, key, unit, title in zip(
-            axes[-2:], ("params", "macs"), (1e6, 1e9), ("parameters, M", "GMACs")
-        ):
+        fig, axes = plt.subplots(1, 2, figsize=(6.2, 1.3), sharey=True)
+        for ax, (key, unit, title) in zip(axes, quantities):
             values = [c[key] / unit for c in costs.values()]
-            bars = ax.bar(list(costs), values, color=colors, width=0.6)
-            ax.bar_label(bars, [f"{v:.0f}" for v in values], fontsize=6)
-            ax.set(title=title)
-            ax.tick_params(axis="x", labelsize=6)
+            bars = ax.barh(list(costs), values, color=colors, height=0.65)
+            texts = [
+                f"{v:.0f}"
+                if v > values[0] / 1.05
+                else f"{v:.0f}  ({values[0] / v:.1f} times fewer)"
+                for v in values
+            ]
+            ax.bar_label(bars, texts, padding=3, fontsize=7)
+            ax.set(title=title, xlim=(0, 1.15 * max(values)))
+            ax.grid(visible=False, axis="y")
+        axes[0].invert_yaxis()
     return fig

@@ -5,10 +5,10 @@
 # %% ../../nbs/tools/515_study_figures.ipynb #f6cfcbde
 from __future__ import annotations
 
-from .plots import PALETTE, default_style
+from .plots import PALETTE, default_style, label_line_ends, plain_log_ticks
 
 # %% auto #0
-__all__ = ['TIMESTEPS', 'MARKERS', 'plot_study', 'plot_rank']
+__all__ = ['TIMESTEPS', 'MARKERS', 'STRATA', 'plot_study', 'plot_rank']
 
 # %% ../../nbs/tools/515_study_figures.ipynb #715c5155
 TIMESTEPS = 1000  # of the noise schedule: the range of the right panel
@@ -22,16 +22,23 @@ def plot_study(results: dict):
 
     rows = results["rows"]
     has_advantage = results["teacher"]["ratio"] < 1
-    options = dict(figsize=(7, 2.4), width_ratios=(1.3, 1), layout="constrained")
+    options = dict(figsize=(8, 2.8), width_ratios=(1.3, 1), layout="constrained")
     with default_style():
         fig, (left, right) = plt.subplots(1, 2, **options)
         _draw_bars(left, rows, has_advantage)
-        for r, color in zip(rows, PALETTE * 2):
-            right.plot(*_by_timestep(r), color=color, linewidth=0.9)
-        right.plot(*_by_timestep(results["teacher"]), "k--", linewidth=0.9, label="teacher")
+        ends = []
+        teacher = dict(results["teacher"], title="teacher")
+        for r, color in (*zip(rows, PALETTE * 2), (teacher, "#555555")):
+            t, error = _by_timestep(r)
+            right.plot(
+                t, error, color=color, linewidth=0.9, linestyle="--" if r is teacher else "-"
+            )
+            ends.append((t[-1], error[-1], r["title"], color))
         right.axhline(1, color="#999999", linewidth=0.6)
         right.set(xlabel="timestep", ylabel="error / linear denoiser's", yscale="log")
-        right.legend()
+        right.set_title("lower is better; 1: the linear denoiser")
+        plain_log_ticks(right.yaxis, range(1, 10))
+        label_line_ends(right, ends)
     return fig
 
 
@@ -41,13 +48,14 @@ def _draw_bars(ax, rows: list[dict], has_advantage: bool):
         value, seeds, se = r["ratio"], r["ratios"], r["excess_se"]
         if has_advantage:
             value, seeds, se = r["kept"], r["kept_seeds"], r["kept_se"]
-        ax.barh(i, value, xerr=1.96 * se, color=color, alpha=0.6)
-        ax.plot(seeds, [i] * len(seeds), "k.", markersize=3)
+        ax.barh(i, value, xerr=1.96 * se, color=color, height=0.65, error_kw=dict(lw=1, capsize=2))
+        ax.plot(seeds, [i] * len(seeds), "o", ms=3, mfc="white", mec="black", mew=0.6)
     ax.axvline(0 if has_advantage else 1, color="#999999", linewidth=0.6)
     ax.invert_yaxis()
     ax.set_yticks(range(len(rows)), [r["title"] for r in rows])
     without = "error / linear denoiser's (the teacher has no advantage)"
-    ax.set_xlabel("retained advantage" if has_advantage else without)
+    retained = "share of the teacher's advantage over the linear denoiser (1: all, below 0: worse)"
+    ax.set_xlabel(retained if has_advantage else without)
 
 
 def _by_timestep(row: dict) -> tuple[list[float], list[float]]:
@@ -57,6 +65,9 @@ def _by_timestep(row: dict) -> tuple[list[float], list[float]]:
 
 # %% ../../nbs/tools/515_study_figures.ipynb #82a61f59
 MARKERS = "os^"
+STRATA = dict(
+    front="results of the search", budget="random, this size", anywhere="random, any size"
+)
 
 
 def plot_rank(results: dict):
@@ -66,7 +77,7 @@ def plot_rank(results: dict):
     rows = results["rows"]
     strata = dict.fromkeys(r["stratum"] for r in rows)
     with default_style():
-        fig, ax = plt.subplots(figsize=(3.6, 2.6))
+        fig, ax = plt.subplots(figsize=(4.8, 2.8))
         for stratum, color, marker in zip(strata, PALETTE, MARKERS):
             mine = [r for r in rows if r["stratum"] == stratum]
             ax.scatter(
@@ -75,13 +86,13 @@ def plot_rank(results: dict):
                 s=[3 + 8 * r["params"] / 1e6 for r in mine],
                 color=color,
                 marker=marker,
-                label=stratum,
+                label=STRATA.get(stratum, stratum),
                 alpha=0.8,
             )
         k = results["f_acc"]
         if k["tau"] is not None:
             ax.set_title(f"Kendall's tau {k['tau']:.2f} [{k['low']:.2f}, {k['high']:.2f}]")
         ax.set(xscale="log", xlabel="$f_{acc}$ before fine-tuning")
-        ax.set_ylabel("error / linear denoiser's, after")
-        ax.legend(title="area: parameters")
+        ax.set_ylabel("error / linear denoiser's, after (lower is better)")
+        ax.legend(title="area: parameters", loc="upper left", bbox_to_anchor=(1, 1))
     return fig

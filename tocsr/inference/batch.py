@@ -331,7 +331,7 @@ def _write(target: Path | None, data: bytes):
 
 @dataclass(frozen=True)
 class _Settings:
-    "What `upscale_one` needs beside the job."
+    "What `upscale_one` needs besides the job."
 
     upscale: Upscale
     scale: float

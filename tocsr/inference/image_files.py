@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-import tifffile
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -226,6 +225,8 @@ _MAX_TIFF = 2**32 - 2**26  # bytes of pixels in a classic TIFF; above, nested EX
 
 def _encode_tiff(a: np.ndarray, m: Metadata) -> tuple[bytes, list[str]]:
     "uint8 or uint16 (h, w, c) as TIFF, and notes."
+    from tifffile import imwrite  # no other format needs it
+
     notes = []
     if a.dtype == np.uint16 and a.shape[-1] == 2:
         a = a[..., [0, 0, 0, 1]]  # few programs read gray with alpha in 16 bits
@@ -235,7 +236,7 @@ def _encode_tiff(a: np.ndarray, m: Metadata) -> tuple[bytes, list[str]]:
         tags = [t for t in tags if not is_placeholder(t[0])]
         notes.append("camera settings and GPS dropped: not written into a TIFF above 4 GB")
     buffer = io.BytesIO()
-    tifffile.imwrite(
+    imwrite(
         buffer,
         a if a.shape[-1] > 1 else a[..., 0],
         bigtiff=big,

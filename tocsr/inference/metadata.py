@@ -49,7 +49,7 @@ _EXIF_KEY = b"Raw profile type exif"  # EXIF as text, which Pillow reads
 
 @dataclass(frozen=True)
 class Metadata:
-    "What a file says about its image beside the pixels."
+    "What a file says about its image besides the pixels."
 
     icc: bytes | None = None  # color profile
     exif: Image.Exif | None = None  # without orientation, resolution and layout

@@ -22,7 +22,7 @@ from .tiling import MULTIPLE, OVERLAP, tile_starts, unwrap_compiled
 from ..models.complexity import count_macs, count_params
 
 # %% auto #0
-__all__ = ['ModelInfo', 'model_info', 'tile_difference', 'measure_peak']
+__all__ = ['ModelInfo', 'model_info', 'tile_difference', 'peak_bytes', 'measure_peak']
 
 # %% ../../nbs/tools/403_model_info.ipynb #d87b063b
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ _CHILD = (
 )
 
 
-def _peak_bytes() -> int:
+def peak_bytes() -> int:
     "The most memory that this process has held."
     status = Path("/proc/self/status")
     if status.is_file():
@@ -132,12 +132,12 @@ def _report_peak(arguments: str):
     pipe = TOCSRPipeline.from_pretrained(folder)
     draw = torch.Generator().manual_seed(0)
     image = (torch.rand(side, side, 3, generator=draw) * 255).byte().numpy()
-    loaded = _peak_bytes()
+    loaded = peak_bytes()
     start = time.perf_counter()
     result = pipe(image, scale, **call).images[0]
     report = dict(
         seconds=time.perf_counter() - start,
-        peak_gb=_peak_bytes() / 1e9,
+        peak_gb=peak_bytes() / 1e9,
         loaded_gb=loaded / 1e9,
         result=result.size,
         threads=torch.get_num_threads(),

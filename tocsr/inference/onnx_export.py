@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,7 +24,8 @@ from .tiling import MULTIPLE
 from ..models.generator import OneStepGenerator
 
 # %% auto #0
-__all__ = ['ONNX_PACKAGES', 'TOLERANCE', 'OnnxError', 'missing_packages', 'export_onnx', 'check_onnx']
+__all__ = ['ONNX_PACKAGES', 'TOLERANCE', 'Network', 'OnnxError', 'missing_packages', 'symbolic_sizes', 'write_graph',
+           'export_onnx', 'compare_with_torch', 'check_onnx']
 
 # %% ../../nbs/tools/405_onnx.ipynb #3efe41ef
 class OnnxError(RuntimeError):
@@ -53,11 +54,40 @@ def _quiet():
         logger.setLevel(level)
 
 
-def _dynamic(largest: int, factor: int) -> tuple[dict, dict]:
-    "Symbolic sizes of image and noise, up to `largest` pixels a side, for a latent `factor`."
+def symbolic_sizes(largest: int, factor: int) -> tuple[dict, dict]:
+    "Symbolic sizes of images and latents, up to `largest` pixels a side, for a latent `factor`."
     h, w = (Dim(n, min=1, max=largest // MULTIPLE) for n in "hw")
     unit = MULTIPLE // factor
     return {2: MULTIPLE * h, 3: MULTIPLE * w}, {2: unit * h, 3: unit * w}
+
+
+def write_graph(
+    module: torch.nn.Module,  # on the CPU
+    path: Path,
+    inputs: dict[str, Tensor],  # name -> example
+    *,
+    output: str,  # its name
+    sizes: tuple,  # `dynamic_shapes` of `torch.export`, by `symbolic_sizes`
+    facts: dict | None = None,  # JSON-serializable, saved in the file
+):
+    "Write a module as an ONNX file, atomically."
+    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with _quiet(), torch.no_grad():
+            program = torch.onnx.export(
+                module,
+                tuple(inputs.values()),
+                dynamo=True,
+                dynamic_shapes=sizes,
+                input_names=list(inputs),
+                output_names=[output],
+                verbose=False,
+            )
+        program.model.metadata_props["tocsr"] = json.dumps(facts or {})
+        program.save(tmp)
+        os.replace(tmp, path)
+    finally:
+        tmp.unlink(missing_ok=True)
 
 
 def export_onnx(
@@ -73,33 +103,21 @@ def export_onnx(
     lacking = missing_packages()
     if lacking:
         raise OnnxError(f"ONNX export needs {', '.join(lacking)}: pip install 'tocsr[onnx]'")
-    path = Path(path)
-    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     home = pipe.device
     try:
         g = pipe.to("cpu").network
         f = g.vae.factor
-        x = torch.zeros(1, 3, 2 * MULTIPLE, 3 * MULTIPLE)
-        noise = torch.zeros(1, g.vae.channels, 2 * MULTIPLE // f, 3 * MULTIPLE // f)
-        with _quiet(), torch.no_grad():
-            program = torch.onnx.export(
-                g,
-                (x, noise),
-                dynamo=True,
-                dynamic_shapes=_dynamic(largest, f),
-                input_names=["upsampled", "noise"],
-                output_names=["image"],
-                verbose=False,
-            )
         facts = {k: pipe.config[k] for k in ("scale", "consistency_factor", "about")}
         facts |= dict(channels=g.vae.channels, factor=f)
-        program.model.metadata_props["tocsr"] = json.dumps(facts)
-        program.save(tmp)
-        os.replace(tmp, path)
+        facts |= dict(tile=min(pipe.tile, largest // pipe.scale))
+        x = torch.zeros(1, 3, 2 * MULTIPLE, 3 * MULTIPLE)
+        noise = torch.zeros(1, g.vae.channels, 2 * MULTIPLE // f, 3 * MULTIPLE // f)
+        inputs = dict(upsampled=x, noise=noise)
+        sizes = symbolic_sizes(largest, f)
+        write_graph(g, Path(path), inputs, output="image", sizes=sizes, facts=facts)
     finally:
-        tmp.unlink(missing_ok=True)
         pipe.to(home)
-    return path
+    return Path(path)
 
 # %% ../../nbs/tools/405_onnx.ipynb #4597e453
 class OnnxGenerator:
@@ -126,7 +144,7 @@ class OnnxGenerator:
                 f"{path} was not exported by tocsr; give a file that `export_onnx` wrote"
             )
         self.config = json.loads(facts)
-        if "consistency_factor" not in self.config:
+        if not {"consistency_factor", "tile"} <= self.config.keys():
             raise OnnxError(f"{path} was exported by an early version of tocsr; export it again")
 
     def __call__(self, x: Tensor, noise: Tensor) -> Tensor:
@@ -149,6 +167,11 @@ class OnnxPipeline(TOCSRPipeline):
         self.register_to_config(**facts, multistep=False)
         self._set_defaults()
 
+    @property
+    def tile(self) -> int:
+        "Side of a tile in LR pixels: the exported model's, or what the graph supports if less."
+        return self.generator.config["tile"]
+
     def _latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
         config = self.generator.config
         return config["channels"], size[0] // config["factor"], size[1] // config["factor"]
@@ -165,15 +188,20 @@ def load_onnx(path: str | Path, threads: int | None = None) -> OnnxPipeline:
 TOLERANCE = 1e-3  # largest difference of images in [-1, 1]: an eighth of an 8-bit level
 
 
+# upsampled image (1, 3, h, w), noise (1, c, h/f, w/f) -> image (1, 3, h, w)
+Network = Callable[[Tensor, Tensor], Tensor]
+
+
 @torch.no_grad()
-def check_onnx(
+def compare_with_torch(
     generator: OneStepGenerator,
-    path: str | Path,
+    exported: Network,
+    name: str | Path,  # of `exported`, for messages
+    *,
     sizes: Sequence[tuple[int, int]] = ((64, 64), (192, 320)),  # of the result, multiples of 64
     seed: int = 0,
 ) -> dict[tuple[int, int], float]:  # size -> largest difference
-    "Compare an exported file with torch; raises `OnnxError` for a difference above `TOLERANCE`."
-    exported = OnnxGenerator(path)
+    "Compare an exported network with torch; raises `OnnxError` above `TOLERANCE`."
     draw = torch.Generator().manual_seed(seed)
     device = next(generator.parameters()).device
     f = generator.vae.factor
@@ -187,7 +215,16 @@ def check_onnx(
     if bad:
         where = " and ".join(f"{h} x {w}" for h, w in bad)
         raise OnnxError(
-            f"{path} differs from torch by {max(bad.values()):.2g} at {where}; the limit "
+            f"{name} differs from torch by {max(bad.values()):.2g} at {where}; the limit "
             f"is {TOLERANCE}"
         )
     return found
+
+
+def check_onnx(
+    generator: OneStepGenerator,
+    path: str | Path,
+    **how,  # of `compare_with_torch`
+) -> dict[tuple[int, int], float]:  # size -> largest difference
+    "Compare an exported file with torch; raises `OnnxError` for a difference above `TOLERANCE`."
+    return compare_with_torch(generator, OnnxGenerator(path), path, **how)

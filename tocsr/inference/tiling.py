@@ -159,6 +159,21 @@ def receptive_field(
         h.remove()
     return -(-total // MULTIPLE) * MULTIPLE
 
+# %% ../../nbs/tools/400_tiling.ipynb #c640c1fc
+BLOCK_MARGINS = 4  # largest side of a block of several tiles, in receptive fields
+
+
+def block_side(
+    tile: int,  # HR pixels
+    margin: int,  # HR pixels: the receptive field
+    block_margins: int = BLOCK_MARGINS,  # 0: every tile by itself
+) -> int:  # HR pixels, a multiple of `tile`
+    """Side of the block of neighboring tiles that is computed at once.
+
+    It is at most max(`tile`, `block_margins`*`margin`); a window is 2*`margin` wider.
+    """
+    return tile * max(1, block_margins * margin // tile)
+
 # %% ../../nbs/tools/400_tiling.ipynb #b34cb8b8
 def map_tiles(
     # (top, left, height, width) in HR pixels -> (1, c, height/ratio, width/ratio)
@@ -204,8 +219,9 @@ def tile_exact(
     progress: Callable[[float], None] = ignore_progress,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    block_margins: int = BLOCK_MARGINS,  # see `block_side`
 ) -> Tensor:  # (1, 3, H, W)
-    """Compute the untiled result part by part and tile by tile.
+    """Compute the untiled result part by part, and each part in blocks of tiles.
 
     Raises `ValueError` for a model that is not tileable, `RuntimeError` when it returns NaN or
     infinity.
@@ -224,6 +240,7 @@ def tile_exact(
 
     def run(part, f, example, windows, *, side, span):  # span: part of the run time, roughly
         start, end = span
+        margin = receptive_field(part, *example)
 
         def compute(*window):
             return f(*(cut(*window).to(**to) for cut in windows))
@@ -231,7 +248,8 @@ def tile_exact(
         def report(fraction):
             progress(start + fraction * (end - start))
 
-        return map_tiles(compute, x.size, side, receptive_field(part, *example), report)
+        block = block_side(side, margin, block_margins)
+        return map_tiles(compute, x.size, block, margin, report)
 
     def window_of(y):
         return _window_of(y, x.size)

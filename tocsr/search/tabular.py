@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from importlib.resources import files
 from pathlib import Path
@@ -30,7 +30,7 @@ from .space import SearchProblem, SearchSpace, skip_edges, with_costs
 __all__ = ['DEEPEST', 'DOWNSAMPLER', 'QUANTITIES', 'HEADER', 'TENSORS', 'CERTAIN', 'Subspace', 'parse_subspace',
            'EvaluationBatch', 'standard_error', 'SharedPrefixEvaluator', 'evaluate_subspace', 'evaluate_assembled',
            'option_costs', 'substitution_vectors', 'TabularBenchmark', 'bundled_benchmark', 'load_benchmark',
-           'install_benchmark', 'tabular_problem', 'ordered_fraction']
+           'install_benchmark', 'effective_size', 'tabular_problem', 'ordered_fraction', 'MeasuredSpace']
 
 # %% ../../nbs/tools/306_tabular_benchmark.ipynb #87751b73
 DEEPEST = "deepest"  # E4, Mid and D4 as one stage
@@ -409,6 +409,21 @@ def install_benchmark(source: str | Path, path: str | Path | None = None) -> Pat
         )
     return write_atomic(Path(path) if path else bundled_benchmark(), source.read_bytes())
 
+# %% ../../nbs/tools/306_tabular_benchmark.ipynb #12ab5ce4
+def effective_size(
+    table: TabularBenchmark,
+) -> tuple[int, float]:  # architectures, median relative standard error of f_acc
+    "Product of the numbers of options of those stages that move f_acc by more than its error."
+    X = table.space.vectors()[1:]  # without the teacher, whose f_acc is 0
+    f_acc = table.f_acc[1:]
+    error = float(np.median(table.f_acc_se[1:] / f_acc))
+    size = 1
+    for column in X.T:
+        means = [np.log(f_acc[column == option]).mean() for option in np.unique(column)]
+        if np.std(means) > error:
+            size *= len(means)
+    return size, error
+
 # %% ../../nbs/tools/306_tabular_benchmark.ipynb #eadbb76f
 def tabular_problem(
     benchmark: TabularBenchmark,
@@ -452,3 +467,30 @@ def ordered_fraction(errors: Tensor, t: Tensor) -> dict:  # (architectures, late
     d = errors.double().diff(dim=0)
     z = d.mean(1) / standard_error(d, t).clamp_min(1e-30)
     return dict(pairs=len(d), share=(z > CERTAIN).double().mean().item())
+
+# %% ../../nbs/tools/306_tabular_benchmark.ipynb #7623252a
+@dataclass(frozen=True)
+class MeasuredSpace:
+    "All architectures of a tabular benchmark with parameters and relative f_acc."
+
+    architecture: Callable[[int], Architecture]  # of a row
+    params: np.ndarray  # (n,)
+    f_acc: np.ndarray  # (n,) in units of the f_acc of the paper's architecture
+
+    @classmethod
+    def from_benchmark(cls, table: TabularBenchmark) -> MeasuredSpace:
+        "Raises `ValueError` for a table without the paper's architecture."
+        unit = table.meta["paper_f_acc"]
+        if unit is None:
+            raise ValueError(
+                "the tabular benchmark lacks the paper's architecture, the unit of eps"
+            )
+        vectors = table.space.vectors()
+        f_acc = np.append(0.0, table.f_acc[1:]) / unit  # the teacher's is 0 by definition
+        params = tabular_problem(table).costs(vectors)
+        return cls(lambda row: table.space.architecture(vectors[row]), params, f_acc)
+
+    def best(self, eps: float) -> int:
+        "Row of the smallest architecture within `eps`; of two equally small, the more accurate."
+        rows = np.flatnonzero(self.f_acc <= eps)
+        return int(rows[np.lexsort((self.f_acc[rows], self.params[rows]))[0]])

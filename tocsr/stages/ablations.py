@@ -5,7 +5,9 @@
 # %% ../../nbs/06_ablations.ipynb #28a32ab6
 from __future__ import annotations
 
+import math
 import time
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +19,9 @@ from ..core.runtime import pick_device
 from ..core.store import Run, TrainOptions, stage
 from ..core.training import fit, step_generator
 from ..data.images import load_photos
-from ..data.pairs import PairPool, heldout_pairs, make_pairs
-from ..evaluation.held_out import summarize_metrics
+from ..data.pairs import HeldOutPairs, PairPool, make_pairs
+from ..evaluation.held_out import SHOWN, measure_methods
+from ..evaluation.metrics import summarize_values
 from ..models.architecture import PAPER_ARCHITECTURE, REMOVED, Architecture
 from ..models.autoencoder import LatentAutoencoder
 from ..models.complexity import count_macs, count_params
@@ -123,10 +126,11 @@ def _train_cell(
     return generator, curve, row
 
 
-@torch.no_grad()
-def _reconstruct(vae: LatentAutoencoder, images: Tensor, device) -> Tensor:
-    "Encode and decode images (n, 3, h, w) one at a time."
-    return torch.cat([vae(x.to(device)).cpu() for x in images.split(1)])
+def _reconstruct(
+    lr: Tensor, *, indices: list[int], vae: LatentAutoencoder, pairs: HeldOutPairs, device
+) -> Tensor:
+    "Encode and decode the HR image of a pair."
+    return vae.to(device)(pairs.pair(indices[0])[0].to(device)).cpu()
 
 
 @stage(
@@ -139,16 +143,13 @@ def run_ablations(run: Run) -> dict:
     p = run.profile
     device = pick_device(p.device)
     scale = p.data.scale
-    hr, lr = heldout_pairs(p)
+    autoencoders = load_autoencoders(run.inputs["autoencoder"], p)
+    pairs = HeldOutPairs(p, p.eval.crop, math.lcm(*(vae.factor for vae in autoencoders)))
     train = load_photos(p.data).split("train")
-
-    def measure(sr: Tensor) -> dict:
-        return summarize_metrics(sr, hr, scale, names=p.eval.metrics)
-
-    rows = [dict(method="bicubic", **measure(upsample(lr, scale)))]
+    upscalers = dict(bicubic=lambda lr, indices: upsample(lr, scale))
+    rows = [dict(method="bicubic")]
     curves = {}
-    images = dict(LR=lr[:4], bicubic=upsample(lr[:4], scale))
-    for vae in load_autoencoders(run.inputs["autoencoder"], p):
+    for vae in autoencoders:
         c = vae.channels
         pool = make_pairs(
             run.scratch / f"pool{c}",
@@ -161,15 +162,26 @@ def run_ablations(run: Run) -> dict:
             seed=p.seed + 1,
             device=str(device),
         )
-        bound = measure(_reconstruct(vae, hr, device))
-        rows.append(dict(method=f"reconstruction of HR, {c}ch", channels=c, **bound))
+        name = f"reconstruction of HR, {c}ch"
+        rows.append(dict(method=name, channels=c))
+        upscalers[name] = partial(_reconstruct, vae=vae, pairs=pairs, device=device)
         for size in UNET_SIZES:
             generator, curve, row = _train_cell(run, vae, pool, size)
-            sr = upscale_in_one_step(generator, lr, scale=scale, seed=p.seed, device=device)
-            rows.append(row | measure(sr))
-            images[row["method"]] = sr[:4]
-            curves[row["method"]] = curve
+            name = row["method"]
+            rows.append(row)
+            curves[name] = curve
             save_weights(run.dir / f"unet_{size}_{c}.safetensors", generator.unet.cpu())
-    save_weights(run.dir / "images.safetensors", images | dict(HR=hr[:4]))
+            upscalers[name] = partial(
+                upscale_in_one_step, generator, scale=scale, seed=p.seed, device=device
+            )
+    folder = run.scratch / "evaluation"
+    measured = measure_methods(upscalers, pairs, p.eval.metrics, folder, device=device)
+    for row in rows:
+        values = measured[row["method"]].values
+        row |= {name: summarize_values(v) for name, v in values.items()}
+    first = [pairs.pair(i) for i in range(min(SHOWN, len(pairs)))]
+    images = {name: found.images for name, found in measured.items()}
+    images |= dict(LR=torch.cat([lr for _, lr in first]), HR=torch.cat([hr for hr, _ in first]))
+    save_weights(run.dir / "images.safetensors", images)
     write_json(run.dir / "curves.json", curves)
     return dict(rows=rows, degradation=p.adapt.degradation)

@@ -23,9 +23,8 @@ from ..core.runtime import pick_device
 from ..core.store import Artifact, Run, TrainOptions, stage
 from ..core.training import fit, step_generator
 from ..data.images import load_photos
-from ..data.pair_streams import FreshPairs, as_stream, fresh_pairs
-from ..data.pairs import PairPool, make_pairs
-from ..evaluation.held_out import SHOWN, HeldOutPairs, Measured, measure_methods
+from ..data.pairs import FreshPairs, HeldOutPairs, PairPool, fresh_pairs, make_pairs
+from ..evaluation.held_out import SHOWN, Measured, measure_methods
 from ..evaluation.metrics import summarize_values
 from ..models.autoencoder import LatentAutoencoder
 from ..models.diffusion import diffusion_loss, uniform_timesteps
@@ -53,19 +52,19 @@ def train_multistep(
 ) -> list[dict]:  # loss of every step
     "Algorithm S3: minimize L_SR = E |eps - eps_theta(z_t, t, z_l)|^2 (eq. 21)."
     scheduler = model.scheduler
-    stream = as_stream(pairs)
 
-    def make_batch(step):
+    def make_batch(step):  # in a worker process, if there are any
         generator = step_generator(options.seed, step)
-        batch = stream.draw(step, cfg.batch, generator)
+        batch = pairs.draw(step, cfg.batch, generator)
         batch["t"] = uniform_timesteps(cfg.batch, generator, scheduler)
-        batch["noise"] = torch.randn(stream.latent_shape(batch), generator=generator)
+        batch["noise"] = torch.randn(pairs.latent_shape(batch), generator=generator)
         return batch
 
     def loss(step, networks, batch):
-        z_h, z_l = stream.latents(batch)  # z_h = E(x_h), z_l = E(Upsample(x_l))
-        z_0 = model.target(z_h, z_l)  # the paper: z_h
-        return diffusion_loss(networks["unet"], z_0, batch["t"], batch["noise"], scheduler, z_l)
+        pair = pairs.encode(batch)  # z_h = E(x_h), z_l = E(Upsample(x_l)), on the training device
+        z_0 = model.target(pair.z_h, pair.z_l)  # the paper: z_h
+        t, noise = batch["t"], batch["noise"]
+        return diffusion_loss(networks["unet"], z_0, t, noise, scheduler, pair.z_l)
 
     return fit(
         dict(unet=model.unet),

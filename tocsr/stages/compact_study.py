@@ -23,7 +23,7 @@ from ..core.training import fit, step_generator
 from ..core.weights import bundled_hash, bundled_record
 from ..data.images import load_photos
 from ..data.latent_shards import training_latents
-from ..evaluation.metrics import measure
+from ..evaluation.metrics import find_metric, find_unavailable, frechet_distance, to_unit
 from ..models.architecture import PAPER_ARCHITECTURE, REMOVED, Architecture
 from ..models.autoencoder import LatentAutoencoder
 from ..models.complexity import count_macs, count_params
@@ -49,8 +49,8 @@ from .finetune import bundled_compact, held_out_report
 # %% auto #0
 __all__ = ['WIDTH_FACTORS', 'FRECHET_METRICS', 'MAX_SHOWN', 'narrow_config', 'narrow_network', 'manual_pruning_ladder',
            'ladder_sizes', 'manually_pruned', 'DistillationBatch', 'DistillationBatches', 'distillation_loss',
-           'finetune_by_distillation', 'StudyNetwork', 'study_networks', 'sample_images', 'frechet_distances',
-           'study_rows', 'run_compact_study']
+           'finetune_by_distillation', 'StudyNetwork', 'study_networks', 'SampledImages', 'sample_images',
+           'frechet_distances', 'study_rows', 'run_compact_study']
 
 # %% ../../nbs/tools/604_compact_study.ipynb #4335ac6c
 WIDTH_FACTORS = (0.85, 0.9, 0.95, 1.0, 1.05, 1.1)  # tried around the estimated factor
@@ -166,7 +166,7 @@ class DistillationBatches:
         batch: int,
         seed: int,
         device: torch.device,
-        max_cached: int = 1000,  # steps: 0.5 GB of nano latents at batch 32
+        cache_bytes: int = 2**29,  # of the teacher's estimates that are kept, first steps first
         weights: Tensor | None = None,  # (timesteps,) of the loss; None: ones
     ):
         timesteps = schedule.config.num_train_timesteps
@@ -177,7 +177,7 @@ class DistillationBatches:
         self.batch = batch
         self.seed = seed
         self.device = device
-        self.max_cached = max_cached
+        self.free_bytes = cache_bytes
         self.cached: dict[int, Tensor] = {}
 
     @torch.no_grad()
@@ -195,8 +195,9 @@ class DistillationBatches:
             return DistillationBatch(z_t, t, noise, target=target, features={}, weight=weight)
         with capture_calls(self.teacher.stages) as calls:
             target = predict_epsilon(self.teacher, z_t, t, self.schedule)
-        if step < self.max_cached:
+        if step not in self.cached and target.nbytes <= self.free_bytes:
             self.cached[step] = target.cpu()
+            self.free_bytes -= target.nbytes
         seen = {name: result for name, (_, result) in calls.items()} if features else {}
         return DistillationBatch(z_t, t, noise, target=target, features=seen, weight=weight)
 
@@ -315,6 +316,14 @@ FRECHET_METRICS = ("fd_gabor", "fd_lite0")
 MAX_SHOWN = 6  # images kept of each network
 
 
+@dataclass
+class SampledImages:
+    "What is kept of a network's samples: no more than that, however many there are."
+
+    features: dict[str, np.ndarray | str]  # metric -> (n, d), or the reason why there are none
+    shown: Tensor  # (<= MAX_SHOWN, 3, h, w) in [-1, 1], the first images
+
+
 @torch.no_grad()
 def sample_images(
     net: nn.Module,
@@ -327,29 +336,55 @@ def sample_images(
     seed: int,  # of the noise
     device: torch.device,
     batch: int = 16,
-) -> Tensor:  # (n, 3, h, w) in [-1, 1]
-    "Images from the noise of `seed`, which is the same for every network."
+) -> SampledImages:
+    "Features of images from the noise of `seed`, which is the same for every network."
     net = net.to(device).eval()
     generator = torch.Generator().manual_seed(seed)
     z = torch.randn(n, vae.channels, side, side, generator=generator)
-    images = []
+    features = {name: [] for name in FRECHET_METRICS}
+    shown = []
     for part in z.split(batch):
         clean = ddim_sample(net, schedule, part.to(device), steps)
-        images.append(vae.decode(clean).clamp(-1, 1).cpu())
+        images = vae.decode(clean).clamp(-1, 1).cpu()
+        shown += images[: MAX_SHOWN - len(shown)]
+        for name, found in features.items():
+            found.append(_features_of(name, images))
     net.to("cpu")
-    return torch.cat(images)
+    return SampledImages({m: _join(found) for m, found in features.items()}, torch.stack(shown))
+
+
+def _features_of(name: str, images: Tensor) -> np.ndarray | str:
+    "(n, d) for a metric of sets, or `not available: why`."
+    m = find_metric(name)
+    reason = find_unavailable([name])[name]
+    if not reason and min(images.shape[-2:]) < m.min_side:
+        reason = f"needs images of {m.min_side} px or more, got {min(images.shape[-2:])}"
+    return f"not available: {reason}" if reason else m.features([to_unit(x) for x in images])
+
+
+def _join(parts: list[np.ndarray | str]) -> np.ndarray | str:
+    "All rows, or the reason that the batches have in common."
+    return parts[0] if isinstance(parts[0], str) else np.concatenate(parts)
 
 
 def frechet_distances(
-    images: dict[str, Tensor],  # network -> (n, 3, h, w)
-    reference: Tensor,  # (n, 3, h, w)
+    images: dict[str, SampledImages],  # by network
+    reference: SampledImages,
 ) -> dict[str, dict[str, float | str]]:
     "Network -> metric -> Fréchet distance to `reference`, or the reason why there is none."
-    distances = {}
-    for name, x in images.items():
-        values = measure(FRECHET_METRICS, x, reference)
-        distances[name] = {m: v if isinstance(v, str) else v[0] for m, v in values.items()}
-    return distances
+
+    def distance(name: str, own: np.ndarray | str, other: np.ndarray | str) -> float | str:
+        needed = find_metric(name).min_images
+        if isinstance(own, str):
+            return own
+        if len(own) < needed:
+            return f"not available: needs {needed} images or more, got {len(own)}"
+        return frechet_distance(own, other)
+
+    return {
+        name: {m: distance(m, x.features[m], reference.features[m]) for m in FRECHET_METRICS}
+        for name, x in images.items()
+    }
 
 # %% ../../nbs/tools/604_compact_study.ipynb #7a62fd89
 def study_rows(
@@ -470,9 +505,9 @@ def run_compact_study(run: Run) -> dict:
     nets = dict(teacher=teacher, **trained)
     bundled = {}
     if net := bundled_compact(p, str(nets["ours 0"].architecture), run.log):
-        nets["shipped 0"] = net
-        cost["shipped"] = _cost(net, side)
-        bundled["shipped"] = StudyNetwork("ours, bundled weights", lambda seed: net, cfg.output)
+        nets["released 0"] = net
+        cost["released"] = _cost(net, side)
+        bundled["released"] = StudyNetwork("ours, bundled weights", lambda seed: net, cfg.output)
     report = _held_out_report(run, nets, source.schedule, device)
     rows = study_rows(bundled, nets, report, cost=cost, seeds=1)
     rows += study_rows(networks, nets, report, cost=cost, seeds=cfg.seeds)
@@ -489,7 +524,7 @@ def run_compact_study(run: Run) -> dict:
         seeds=cfg.seeds,
         fwkd_steps=p.surrogates.steps,
         samples=cfg.samples,
-        shipped_steps=sum(bundled_record("compact")["steps"].values()) if bundled else 0,
+        released_steps=sum(bundled_record("compact")["steps"].values()) if bundled else 0,
     )
 
 
@@ -519,7 +554,7 @@ def _sample_study(
     images = {
         n: sample_images(net, vae, schedule, seed=seed + 7, **options) for n, net in nets.items()
     }
-    save_weights(run.dir / "samples.safetensors", {n: x[:MAX_SHOWN] for n, x in images.items()})
+    save_weights(run.dir / "samples.safetensors", {n: x.shown for n, x in images.items()})
     reference = images.pop("teacher")
     images["other noise"] = sample_images(nets["teacher"], vae, schedule, seed=seed + 8, **options)
     return frechet_distances(images, reference)

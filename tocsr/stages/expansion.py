@@ -211,7 +211,8 @@ def run_teacher(run: Run) -> dict:
     save_teacher(teacher, run.dir / "teacher")
     write_json(run.dir / "curves.json", curves)
     save_weights(run.dir / "held_out.safetensors", dict(latents=held))
-    save_weights(run.dir / "samples.safetensors", sample_latents(teacher, linear, held))
+    samples = sample_latents(teacher, linear, held, device=device)
+    save_weights(run.dir / "samples.safetensors", samples)
     return dict(
         **rows,
         ratio=evaluate_against_linear(

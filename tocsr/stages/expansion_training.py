@@ -14,7 +14,15 @@ import torch
 from diffusers import AutoencoderTiny, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
-from ..core.config import AutoencoderConfig, DataConfig, Profile, TeacherConfig, UNetConfig
+from tocsr.core.config import (
+    AutoencoderConfig,
+    DataConfig,
+    Profile,
+    TeacherConfig,
+    UNetConfig,
+    split_batch,
+)
+from ..core.distributed import world_size
 from ..core.random import seeded_random
 from ..core.runtime import pick_device
 from ..core.store import Run, TrainOptions
@@ -57,8 +65,8 @@ from ..models.text_context import load_context
 # %% auto #0
 __all__ = ['EMA_MIN_STEPS', 'BRIDGE_PHOTOS', 'JOINT_EMA_MIN_STEPS', 'COMPARED_LAM_VAE', 'vae_loss', 'pca_teacher',
            'make_autoencoder_teacher', 'make_autoencoder_student', 'train_autoencoder', 'train_decoder',
-           'timestep_weights', 'train_unet', 'make_base_unet', 'fit_bridge', 'train_further', 'train_jointly',
-           'compare_joint_losses', 'held_out_error', 'compare_expansions', 'epsilon_config',
+           'timestep_weights', 'train_unet', 'make_base_unet', 'fit_bridge', 'train_further', 'joint_batch',
+           'train_jointly', 'compare_joint_losses', 'held_out_error', 'compare_expansions', 'epsilon_config',
            'compare_epsilon_expansions', 'fit_linear_denoiser', 'best_linear_denoiser', 'evaluate_against_linear',
            'sample_latents']
 
@@ -417,6 +425,16 @@ def _joint_loss(
     return dict(loss=loss, diff=diff, vae=parts["loss"], rec=parts["rec"], var=variance)
 
 
+def joint_batch(
+    batch: int,  # of one pass of one process when the UNet is trained alone
+    processes: int,
+    passes: int,  # accumulated
+) -> tuple[int, int]:
+    "Images of one pass of one process in the joint phase, and its passes: a quarter of the whole."
+    whole = max(2, batch * processes * passes // 4)
+    return split_batch(whole, processes, passes)
+
+
 def train_jointly(
     unet: UNet2DConditionModel,  # changed in place
     vae: LatentAutoencoder,  # changed in place
@@ -431,7 +449,8 @@ def train_jointly(
     "Train UNet and autoencoder together under the diffusion objective (algorithm S2, last line)."
     cfg = profile.teacher
     start = deepcopy(vae)
-    n = max(2, cfg.batch // 4)
+    n, passes = joint_batch(cfg.batch, world_size(), options.accumulation)
+    options = replace(options, accumulation=passes)
     patch = profile.data.patch
     side = patch // vae.factor
     levels = schedule.config.num_train_timesteps
@@ -618,7 +637,7 @@ def compare_epsilon_expansions(
         cfg=cfg,
         prefix="s4_",
     )
-    timesteps = eval_timesteps(cfg.eval_levels).tolist()
+    timesteps = eval_timesteps(cfg.eval_levels, schedule.config.num_train_timesteps).tolist()
     return {variant: dict(row, timesteps=timesteps) for variant, row in rows.items()}
 
 # %% ../../nbs/tools/606_expansion_training.ipynb #15c33855
@@ -680,7 +699,7 @@ def evaluate_against_linear(
     error = held_out_error(unet, held, schedule, levels, device)
     linear_error = denoising_errors(linear_epsilon(linear, schedule), held, schedule, levels)
     return dict(
-        linear_ratio(error, linear_error),
+        linear_ratio(error, linear_error, schedule),
         error=error.mean(1).tolist(),
         linear_error=linear_error.mean(1).tolist(),
     )
@@ -692,13 +711,17 @@ def sample_latents(
     held: Tensor,  # (n, c, s, s)
     n: int = 8,  # at most; not more than `held` has
     steps: int = 50,  # of DDIM
+    device: str | torch.device = "cpu",  # that the UNet runs on; it returns to the CPU
 ) -> dict[str, Tensor]:  # each (n, c, s, s)
     "Samples of the teacher and of the Gaussian with the latents' covariance, and real latents."
     n = min(n, len(held))
     generator = torch.Generator().manual_seed(3)
     noise = torch.randn(n, *held.shape[1:], generator=generator)
+    unet = teacher.unet.to(device)
+    samples = ddim_sample(unet, teacher.schedule, noise.to(device), steps).cpu()
+    unet.to("cpu")
     return dict(
-        teacher=ddim_sample(teacher.unet, teacher.schedule, noise, steps),
+        teacher=samples,
         gaussian=linear.sample(n, generator),
         real=held[:n].clone(),
     )

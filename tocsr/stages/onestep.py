@@ -17,8 +17,13 @@ from ..core.files import save_weights, write_json
 from ..core.runtime import pick_device
 from ..core.store import Artifact, Run, TrainOptions, stage
 from ..core.training import fit, step_generator
-from ..data.pair_streams import FreshPairs, fresh_pairs
-from ..data.pairs import ChunkedTensors, PairPool, cache_teacher_latents
+from tocsr.data.pairs import (
+    ChunkedTensors,
+    FreshPairs,
+    PairPool,
+    cache_teacher_latents,
+    fresh_pairs,
+)
 from ..evaluation.held_out import count_cost, evaluate_methods, make_methods
 from ..inference.pipeline import TOCSRPipeline, weight_hashes
 from ..models.autoencoder import LatentAutoencoder, freeze_encoder
@@ -266,7 +271,8 @@ def _evaluate(
     methods = make_methods(multistep, students, net, vae=vae, p=p, side=side)
     if not p.onestep.consistency:
         methods = [m for m in methods if not m.name.endswith(" + consistency")]
-    return evaluate_methods(methods, p, side, run.scratch / f"evaluation-{side}")
+    folder = run.scratch / f"evaluation-{side}"
+    return evaluate_methods(methods, p, side, folder=folder, factor=vae.factor)
 
 
 def _multistep_models(artifact: Artifact, cfg: OneStepConfig) -> dict[str, SRModel]:

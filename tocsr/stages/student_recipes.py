@@ -11,8 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from ..core.config import OneStepConfig
-from ..data.pair_streams import FreshPairs
-from ..data.pairs import PairPool
+from ..data.pairs import FreshPairs, PairPool
 from ..models.autoencoder import LatentAutoencoder
 from tocsr.models.generator import (
     OneStepGenerator,
