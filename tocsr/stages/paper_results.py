@@ -6,7 +6,10 @@
 from __future__ import annotations
 
 import json
+import math
+import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,12 +19,12 @@ from ..core.files import load_weights, read_weights
 from ..core.image import upsample
 from ..core.runtime import pick_device
 from ..core.store import Artifact
-from ..data.pairs import heldout_pairs
+from ..data.pairs import HeldOutPairs
 from ..evaluation import paper_claims
 from ..evaluation.claims import Claim
 from ..evaluation.findings import Evidence, Finding, list_findings
+from ..evaluation.held_out import measure_methods
 from ..evaluation.influence import noisy_half, relevant_parameters, stage_influence
-from ..evaluation.metrics import measure
 from ..evaluation.training_speed import training_efficiency
 from ..models.diffusion import noise_schedule
 from ..models.generator import upscale_in_one_step
@@ -46,18 +49,22 @@ def capacity_values(
 ) -> dict[str, dict[str, list[float] | str]]:  # method -> metric -> values per crop, or why not
     "Bicubic interpolation and the four networks of stage `ablations` on the held-out crops."
     device = pick_device(p.device)
-    hr, lr = heldout_pairs(p)
-    results = dict(bicubic=upsample(lr, p.data.scale))
-    for vae in load_autoencoders(autoencoder, p):
+    autoencoders = load_autoencoders(autoencoder, p)
+    pairs = HeldOutPairs(p, p.eval.crop, math.lcm(*(vae.factor for vae in autoencoders)))
+    scale = p.data.scale
+    upscalers = dict(bicubic=lambda lr, indices: upsample(lr, scale))
+    for vae in autoencoders:
         c = vae.channels
         for size in UNET_SIZES:
             unet = make_random_unet(p.unet, c, size, seed=p.seed)
             load_weights(ablations.file(f"unet_{size}_{c}.safetensors"), unet)
             generator = make_residual_generator(vae, unet, noise_schedule(p.teacher.prediction))
-            results[f"{size}, {c}ch"] = upscale_in_one_step(
-                generator, lr, scale=p.data.scale, seed=p.seed, device=device
+            upscalers[f"{size}, {c}ch"] = partial(
+                upscale_in_one_step, generator, scale=scale, seed=p.seed, device=device
             )
-    return {m: measure(CAPACITY_METRICS, sr, hr, border=p.data.scale) for m, sr in results.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        found = measure_methods(upscalers, pairs, CAPACITY_METRICS, folder, device=device)
+    return {name: result.values for name, result in found.items()}
 
 # %% ../../nbs/tools/609_paper_results.ipynb #2d3295e9
 INFLUENCE_LATENTS = 32  # held-out latents, the first ones of stage `teacher`
