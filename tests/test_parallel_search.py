@@ -64,6 +64,11 @@ def sequence(done):
 # --- the sequential search
 
 
+def chosen(line):
+    "A line of the log without its measured values."
+    return {k: v for k, v in line.items() if k not in ("cost", "f_acc")}
+
+
 @pytest.mark.parametrize("method", list(SEARCH_METHODS))
 def test_sequential_logs_are_those_of_release_0_1(method, tmp_path):
     "Recorded before methods were generators of proposals, with the versions in the file."
@@ -80,7 +85,11 @@ def test_sequential_logs_are_those_of_release_0_1(method, tmp_path):
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     for line in lines:
         line.pop("seconds", None)
-    assert lines == recorded["logs"][method]
+    recorded_lines = recorded["logs"][method]
+    assert [chosen(line) for line in lines] == [chosen(line) for line in recorded_lines]
+    for line, expected in zip(lines, recorded_lines):  # sums differ in the last bits between CPUs
+        for name in {"cost", "f_acc"} & expected.keys():
+            assert line[name] == pytest.approx(expected[name], rel=1e-12)
 
 
 @pytest.mark.parametrize("method", [m for m in PARALLEL if m != "tpe"])

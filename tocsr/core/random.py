@@ -14,7 +14,8 @@ import torch
 def shared_step_generator(seed: int, step: int) -> torch.Generator:
     """Return the CPU generator of step or item `step`, equal in all processes of a launch.
 
-    In a single process it equals `core.training.step_generator`.
+    In a single process it equals `core.training.step_generator`. torch reads 32 bits of a seed:
+    steps that are a multiple of 2**32 apart draw the same numbers.
     """
     number = (seed * 1_000_003 + step) * 97
     if not -(2**63) <= number < 2**64:  # what torch accepts

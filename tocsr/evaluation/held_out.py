@@ -40,8 +40,7 @@ from ..models.generator import OneStepGenerator, SRModel, sample_sr, upscale_in_
 from ..models.regression import RegressionNet
 
 # %% auto #0
-__all__ = ['upscale_with_bicubic', 'upscale_with_regression', 'count_cost', 'upscale_with_steps', 'upscale_with_student',
-           'make_methods']
+__all__ = ['SHOWN', 'Measured', 'measure_methods', 'evaluate_methods']
 
 # %% ../../nbs/tools/506_held_out.ipynb #7d59ba32
 @dataclass(frozen=True)
