@@ -81,12 +81,14 @@ def rehearsal(folder: Path, size: dict, patch: int) -> dict:
     return dict(
         device="cpu",
         mixed_precision="no",
+        validate_every=2,
         data=dict(source=str(photographs), patch=patch, latent_crops=16),
         autoencoder=dict(
             teacher=str(flux), shape=str(sd15 / "vae"), pca_patches=1_000, eval_images=2, **two
         ),
         unet=dict(
             checkpoint=str(sd15),
+            context="ones",
             channels=size["unet"],
             context_dim=size["context"],
             groups=size["groups"],

@@ -2,15 +2,17 @@
 processes.
 """
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tocsr.core.append_log import AppendOnlyLog
-from tocsr.core.config import get_profile
-from tocsr.core.image import upsample
+from tocsr.core.config import get_profile, override
+from tocsr.core.image import to_array, upsample
 from tocsr.data.images import load_photos
 from tocsr.data.pairs import HELD_OUT_DEGRADATION, HELD_OUT_SEED, HeldOutPairs, crop_pairs
-from tocsr.evaluation.held_out import measure_methods
+from tocsr.evaluation.held_out import make_validation, measure_methods
 from tocsr.evaluation.metrics import measure
 
 METRICS = ("psnry", "ssim", "fd_gabor", "fid", "niqe")
@@ -47,6 +49,22 @@ def test_pairs_are_those_of_all_at_once(profile, factor, side):
 
 def bicubic(lr, indices):
     return upsample(lr, 4)
+
+
+def test_validation_writes_what_it_measures(profile, tmp_path):
+    p = override(profile, data=dict(patch=96))
+    validate = make_validation(bicubic, p, 8, tmp_path / "validation")
+    assert not (tmp_path / "validation").exists()
+    value = validate(40, {})["psnry"]
+    pairs = HeldOutPairs(p, 96, 8)
+    hr, lr = map(torch.cat, zip(*(pairs.pair(i) for i in range(len(pairs)))))
+    measured = measure(("psnry",), upsample(lr, 4).clamp(-1, 1), hr, border=4)["psnry"]
+    assert value == pytest.approx(sum(measured) / len(measured))
+    with Image.open(tmp_path / "validation/step-00000040.png") as shown:
+        rows = np.asarray(shown)
+    assert rows.shape == (len(pairs) * 96, 3 * 96, 3)
+    assert (rows[:96, :96] == rows[:96, 96:192]).all()  # bicubic twice
+    assert (rows[:96, 192:] == to_array(hr)[0]).all()
 
 
 def test_values_are_those_of_all_at_once(profile, tmp_path):

@@ -139,6 +139,7 @@ def test_the_chain_ends_in_a_model_that_upscales(whole):
     small = torch.rand(1, 3, 16, 16)
     (out,) = TOCSRPipeline.from_pretrained(student)(small, output_type="pt").images
     assert out.shape == (3, 64, 64) and out.isfinite().all()
+    assert (whole / "output.txt").read_text().count("step 2: validation psnry") == 2
 
 
 def test_killed_in_the_second_training_and_resumed(script, whole, tmp_path):

@@ -11,7 +11,7 @@ from tocsr.core.config import get_profile
 from tocsr.core.store import TrainOptions
 from tocsr.inference.pipeline import TOCSRPipeline
 from tocsr.models.autoencoder import LatentAutoencoder, PatchPCA
-from tocsr.models.diffusion import fixed_context, null_context, predict_epsilon
+from tocsr.models.diffusion import fixed_context, nano_unet, null_context, predict_epsilon
 from tocsr.models.expansion import Teacher, expand_unet, load_teacher_folder, save_teacher
 from tocsr.models.generator import (
     OneStepGenerator,
@@ -136,6 +136,20 @@ def test_a_folder_without_a_text_encoder_is_refused(tmp_path):
     (tmp_path / "unet").mkdir()
     with pytest.raises(ContextError, match="has no readable tokenizer/ and text_encoder/"):
         load_context(tmp_path, WIDTH)
+
+
+def test_a_checkpoint_takes_the_context_of_its_own_text_encoder(
+    tmp_path, stable_diffusion, profile
+):
+    nano_unet(profile.unet, 4).save_pretrained(stable_diffusion / "unet")
+    checkpoint = replace(profile.unet, checkpoint=str(stable_diffusion), context=None)
+    unet, _ = make_base_unet(replace(profile, unet=checkpoint))
+    assert torch.equal(fixed_context(unet)[0], load_context(stable_diffusion, WIDTH))
+    alone = replace(checkpoint, checkpoint=str(stable_diffusion / "unet"))
+    with pytest.raises(ContextError, match="unet was trained with text.*set unet.context"):
+        make_base_unet(replace(profile, unet=alone))
+    unet, _ = make_base_unet(replace(profile, unet=replace(alone, context="ones")))
+    assert torch.equal(fixed_context(unet), torch.ones(1, 1, WIDTH))
 
 
 def test_the_context_is_saved_with_the_teacher_and_what_derives_from_it(tmp_path, profile, prompt):

@@ -248,6 +248,29 @@ def test_ema_is_limited_by_the_number_of_steps(tmp_path):
     assert torch.allclose(net.weight, average, atol=1e-6)
 
 
+def test_validation_reads_the_averaged_weights_and_changes_no_bit(tmp_path):
+    plain, losses = train(tmp_path / "plain", steps=6, ema=0.5)
+    seen = {}
+    records = []
+
+    def validate(steps, models):
+        assert not models["unet"].training and not torch.is_grad_enabled()
+        seen[steps] = {k: v.clone() for k, v in models["unet"].state_dict().items()}
+        return dict(noise=torch.rand(()).item())
+
+    validated, again = train(
+        tmp_path / "validated",
+        steps=6,
+        ema=0.5,
+        validate=validate,
+        validate_every=3,
+        callback=lambda step, metrics: records.append(metrics),
+    )
+    assert equal(plain, validated) and losses == again
+    assert list(seen) == [3, 6] and equal(seen[6], validated) and not equal(seen[3], validated)
+    assert [i for i, r in enumerate(records, start=1) if "val_noise" in r] == [3, 6]
+
+
 def test_callback_and_trackers_see_every_step(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -56,6 +56,7 @@ def make_profile(folder: Path, device: str, thin: bool, patch: int | None = None
     patch = patch or (512 if cuda else 64 if thin else 128)
     changes = rehearsal(folder, THIN if thin else FULL, patch)
     changes |= dict(device=device, mixed_precision="bf16" if cuda else "no", accumulation=1)
+    changes["validate_every"] = 0  # images are no part of the estimates
     changes["surrogates"]["names"] = SURROGATES
     if not cuda:
         for name in ("teacher", "compact", "adapt", "onestep"):

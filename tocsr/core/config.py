@@ -166,8 +166,9 @@ class UNetConfig(Checked):
     # "default" (diffusers') or "identity" (ours, `models.initialization`)
     initialization: Annotated[str, OneOf("default", "identity")] = "default"
     checkpoint: str | None = None  # diffusers UNet folder or hub name (paper scale)
-    # embedding of the empty prompt: file (.safetensors, .npy, .pt), or folder or hub name with
-    # tokenizer/ and text_encoder/; None: one token of ones
+    # embedding of the empty prompt: file (.safetensors, .npy, .pt), folder or hub name with
+    # tokenizer/ and text_encoder/, or "ones": one token of ones; None: that of the checkpoint's own
+    # text encoder, and "ones" for a new UNet
     context: str | None = None
 
     def check(self):
@@ -295,7 +296,7 @@ class SearchConfig(Checked):
     # the table that the comparison searches: "bundled" or "measured" (stage tabular of this
     # profile)
     tabular_source: Annotated[str, OneOf("bundled", "measured")] = "bundled"
-    # as many eps as in the paper, in units of `eps_unit`: two decades, as on the measured front
+    # as many eps as in the paper, in units of the f_acc of its vector in this table: two decades
     compare_eps: Levels = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
     compare_iterations: Count = 40  # evaluations per eps (paper: 40)
     compare_front: Count = 80  # evaluations of methods that cover the whole grid in one run
@@ -451,6 +452,8 @@ class Profile(Checked):
     # recompute activations in the backward pass: less memory, a third more time
     gradient_checkpointing: bool = False
     workers: Steps = 0  # processes that prepare batches
+    # steps between validation images of the super-resolution trainings; 0: none
+    validate_every: Steps = 0
     # also compute what only fills tables: expansions, losses, search methods and networks that no
     # later stage uses
     ablations: bool = True
@@ -816,6 +819,7 @@ def _paper() -> Profile:
         mixed_precision="bf16",
         accumulation=4,
         gradient_checkpointing=True,
+        validate_every=2_000,
         ablations=False,
         data=DataConfig(source="", patch=512, latent_crops=131_072),
         autoencoder=AutoencoderConfig(

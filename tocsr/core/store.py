@@ -80,6 +80,10 @@ class TrainOptions:
     log: Callable[[str], None] | None = None
     # called by process 0 after every step with (step, metrics)
     callback: Callable[[int, dict], None] | None = None
+    # called every `validate_every` steps with (steps done, models); its values join the record of
+    # the step. The models have the averaged weights and are in evaluation mode.
+    validate: Callable[[int, dict[str, torch.nn.Module]], dict[str, float]] | None = None
+    validate_every: int = 0  # steps; 0: never
     log_with: tuple[str, ...] = ()  # accelerate's trackers: "tensorboard", "wandb", "trackio"
     tracker_dir: Path | None = None  # None: next to the checkpoints
     tf32: bool = True  # matrix products in TF32 on CUDA, where fp32 is used
@@ -115,6 +119,7 @@ class Run:
             accumulation=p.accumulation,
             gradient_checkpointing=p.gradient_checkpointing,
             workers=p.workers,
+            validate_every=p.validate_every,
             log=self.log,
             log_with=tuple(filter(None, trackers)),
             tracker_dir=runs_dir() / "trackers" / stage_name / key / name,

@@ -339,10 +339,17 @@ class _Training:
         bar = tqdm(
             total=steps, initial=start, disable=rank() > 0 or not sys.stderr.isatty(), leave=False
         )
+        every = options.validate_every if options.validate else 0
+        if every and self.originals:
+            if options.log:
+                options.log("no validation: the weights are divided among processes")
+            every = 0
         saved = time.monotonic()
         for step in range(start, steps):
             began = time.monotonic()
             history.append(self.step(step, loader))
+            if every and (step + 1) % every == 0:
+                history[-1] |= self.validate(step + 1)
             bar.update()
             self.report(step, history)
             if step + 1 == steps:
@@ -392,6 +399,21 @@ class _Training:
             self.average.step(self.params)
         means = {k: sum(x[k] for x in records) / len(records) for k in records[0]}
         return dict(step=step, lr=rate, **means)
+
+    def validate(self, steps: int) -> dict[str, float]:
+        "What `options.validate` measures with the averaged weights, its names after `val_`."
+        if self.average:
+            self.average.store(self.params)
+            self.average.copy_to(self.params)
+        self.module.eval()
+        with torch.no_grad(), torch.random.fork_rng():
+            values = self.options.validate(steps, self.models)
+        if self.average:
+            self.average.restore(self.params)
+        if self.options.log:
+            shown = ", ".join(f"{k} {v:.4g}" for k, v in values.items())
+            self.options.log(f"step {steps}: validation {shown}")
+        return {f"val_{k}": v for k, v in values.items()}
 
     def means(self, parts: dict[str, Tensor], step: int) -> dict[str, float]:
         """Parts of the loss as floats, means over processes.

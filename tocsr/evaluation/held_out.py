@@ -16,13 +16,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ..core.append_log import AppendOnlyLog
 from ..core.config import Profile
 from ..core.distributed import rank, wait_for_all, world_size
 from ..core.files import read_weights, save_weights
-from ..core.image import upsample
+from ..core.image import to_array, upsample
 from ..core.runtime import pick_device
 from ..data.pairs import HeldOutPairs
 from tocsr.evaluation.metrics import (
@@ -40,7 +41,7 @@ from ..models.generator import OneStepGenerator, SRModel, sample_sr, upscale_in_
 from ..models.regression import RegressionNet
 
 # %% auto #0
-__all__ = ['SHOWN', 'Measured', 'measure_methods', 'evaluate_methods']
+__all__ = ['SHOWN', 'Measured', 'measure_methods', 'make_validation', 'evaluate_methods']
 
 # %% ../../nbs/tools/506_held_out.ipynb #7d59ba32
 @dataclass(frozen=True)
@@ -274,6 +275,35 @@ def _collect(
         images = torch.stack([read_weights(f)["image"] for f in files])
         out[name] = Measured(values, statistics.median(r["seconds"] for r in rows), images)
     return out
+
+
+def make_validation(
+    upscale: Callable[..., Tensor],  # of (lr, indices=[i]): (1, 3, s*h, s*w) in [-1, 1]
+    p: Profile,
+    factor: int,  # of the autoencoder
+    folder: Path,
+) -> Callable[[int, dict], dict[str, float]]:  # for `TrainOptions.validate`
+    """Measure PSNR-Y on the first held-out crops of the training size, and write an image of them.
+
+    A row of step-00002000.png is a crop: bicubic interpolation, the network's result, the original.
+    """
+    pairs = HeldOutPairs(p, p.data.patch, factor)
+    scale = p.data.scale
+
+    def validate(steps: int, networks: dict) -> dict[str, float]:
+        rows = []
+        values = []
+        for i in range(min(SHOWN, len(pairs))):
+            hr, lr = pairs.pair(i)
+            sr = upscale(lr, indices=[i]).to(hr).clamp(-1, 1)
+            values += measure(("psnry",), sr, hr, border=scale)["psnry"]
+            rows.append(torch.cat([upsample(lr, scale), sr, hr], -1)[0])
+        if rank() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(to_array(torch.cat(rows, -2))).save(folder / f"step-{steps:08d}.png")
+        return dict(psnry=sum(values) / len(values))
+
+    return validate
 
 
 def evaluate_methods(

@@ -104,10 +104,12 @@ def _only_tensor(x, file: Path) -> Tensor:
 
 # %% ../../nbs/tools/114_text_context.ipynb #ec6b3b0b
 def load_context(
-    source: str | Path,  # file, folder of a text encoder, or hub name
+    source: str | Path,  # file, folder of a text encoder, hub name, or "ones": one token of ones
     width: int,  # `cross_attention_dim` of the UNet
 ) -> Tensor:  # (tokens, width)
     "Read or compute a context; raises `ContextError` if its width is not that of the UNet."
+    if source == "ones":
+        return torch.ones(1, width)
     path = Path(source)
     if path.suffix in _READERS and not path.is_file():
         raise ContextError(f"unet.context: there is no file {source}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import time
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -24,7 +25,7 @@ from ..core.store import Artifact, Run, TrainOptions, stage
 from ..core.training import fit, step_generator
 from ..data.images import load_photos
 from ..data.pairs import FreshPairs, HeldOutPairs, PairPool, fresh_pairs, make_pairs
-from ..evaluation.held_out import SHOWN, Measured, measure_methods
+from ..evaluation.held_out import SHOWN, Measured, make_validation, measure_methods
 from ..evaluation.metrics import summarize_values
 from ..models.autoencoder import LatentAutoencoder
 from ..models.diffusion import diffusion_loss, uniform_timesteps
@@ -200,7 +201,20 @@ def run_adapt(run: Run) -> dict:
             unet, scheduler, target=target, z_h=measured.z_h, z_l=measured.z_l
         )
         run.log(f"{name}: {target}")
-        curve = train_multistep(models[name], pairs, cfg, run.training(name))
+        sample = partial(
+            sample_sr,
+            models[name],
+            vae,
+            steps=max(cfg.sample_steps),
+            scale=p.data.scale,
+            seed=p.seed,
+            device=pick_device(p.device),
+        )
+        folder = run.scratch / f"validation-{name}"
+        options = replace(
+            run.training(name), validate=make_validation(sample, p, vae.factor, folder)
+        )
+        curve = train_multistep(models[name], pairs, cfg, options)
         curves[name] = [record["loss"] for record in curve]
         save_sr_model(run.dir / name, models[name])
         seconds[name] = time.perf_counter() - begin

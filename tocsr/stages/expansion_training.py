@@ -19,7 +19,6 @@ from tocsr.core.config import (
     DataConfig,
     Profile,
     TeacherConfig,
-    UNetConfig,
     split_batch,
 )
 from ..core.distributed import world_size
@@ -60,7 +59,7 @@ from tocsr.models.expansion import (
 )
 from ..models.linear_denoiser import FrequencyDenoiser, LinearDenoiser, moments
 from ..models.staged_unet import StagedUNet
-from ..models.text_context import load_context
+from ..models.text_context import ContextError, load_context
 
 # %% auto #0
 __all__ = ['EMA_MIN_STEPS', 'BRIDGE_PHOTOS', 'JOINT_EMA_MIN_STEPS', 'COMPARED_LAM_VAE', 'vae_loss', 'pca_teacher',
@@ -340,24 +339,36 @@ BRIDGE_PHOTOS = 300  # whose latents fit the bridge
 
 
 def make_base_unet(p: Profile) -> tuple[UNet2DConditionModel, DDPMScheduler]:
-    "The base UNet in 4 channels: new, or the diffusers checkpoint that the profile names."
+    """The base UNet in 4 channels: new, or the diffusers checkpoint that the profile names.
+
+    A checkpoint needs a context: that of `unet.context`, or of the text encoder in its pipeline.
+    Raises `ContextError` where there is neither.
+    """
     schedule = noise_schedule(p.teacher.prediction)
     source = p.unet.checkpoint
     if not source:
         torch.manual_seed(p.seed)
         unet = nano_unet(p.unet, p.autoencoder.base_channels)
-        return _with_context(unet, p.unet), schedule
+        return _with_context(unet, p.unet.context), schedule
     whole = not Path(source).is_dir() or (Path(source) / "unet").is_dir()
     options = dict(subfolder="unet") if whole else {}
     unet = UNet2DConditionModel.from_pretrained(source, use_safetensors=True, **options)
-    return _with_context(unet, p.unet), schedule
+    context = p.unet.context
+    if context is None:
+        if not whole or Path(source).is_dir() and not (Path(source) / "text_encoder").is_dir():
+            raise ContextError(
+                f"{source} was trained with text, and there is no text encoder in that folder: set "
+                "unet.context to another folder, a file with the embedding, or 'ones'"
+            )
+        context = source
+    return _with_context(unet, context), schedule
 
 
-def _with_context(unet: UNet2DConditionModel, cfg: UNetConfig) -> UNet2DConditionModel:
-    "Give the UNet the fixed context that the profile names."
-    if cfg.context is None:
+def _with_context(unet: UNet2DConditionModel, context: str | None) -> UNet2DConditionModel:
+    "Give the UNet a fixed context, or none."
+    if context is None:
         return unet
-    return set_context(unet, load_context(cfg.context, unet.config.cross_attention_dim))
+    return set_context(unet, load_context(context, unet.config.cross_attention_dim))
 
 
 def fit_bridge(old: CachedLatents, new: CachedLatents) -> tuple[Tensor, Tensor]:

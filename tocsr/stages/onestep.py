@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import time
 from copy import deepcopy
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,7 +25,12 @@ from tocsr.data.pairs import (
     cache_teacher_latents,
     fresh_pairs,
 )
-from ..evaluation.held_out import count_cost, evaluate_methods, make_methods
+from tocsr.evaluation.held_out import (
+    count_cost,
+    evaluate_methods,
+    make_methods,
+    make_validation,
+)
 from ..inference.pipeline import TOCSRPipeline, weight_hashes
 from ..models.autoencoder import LatentAutoencoder, freeze_encoder
 from ..models.consistency import CONSISTENCY_FACTOR
@@ -34,6 +40,7 @@ from tocsr.models.generator import (
     SRModel,
     one_step,
     start_noise,
+    upscale_in_one_step,
 )
 from tocsr.models.losses import (
     ExtraLosses,
@@ -216,13 +223,22 @@ def train_students(
         torch.manual_seed(p.seed)
         students[name] = make_student(multistep[source], vae, pairs, recipe)
         run.log(f"student '{name}': {asdict(recipe)}")
+        upscale = partial(
+            upscale_in_one_step,
+            students[name],
+            scale=p.data.scale,
+            seed=p.seed,
+            device=pick_device(p.device),
+        )
+        folder = run.scratch / f"validation-{name}"
+        validate = make_validation(upscale, p, vae.factor, folder)
         curves[name] = distill_to_one_step(
             students[name],
             None if cfg.fresh_noise else pairs,
             targets[source],
             cfg=cfg,
             recipe=recipe,
-            options=run.training(name),
+            options=replace(run.training(name), validate=validate),
             noise_seed=noise_seed,
         )
         cost[f"{name}_s"] = time.perf_counter() - begin

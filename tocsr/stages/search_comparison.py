@@ -66,11 +66,11 @@ def run_compare(run: Run) -> dict:
     "Every method on the tabular benchmark over seeds; writes seeds.json with all runs."
     cfg = run.profile.search
     table, source = comparison_table(run.profile)
-    unit = 1.0 if cfg.eps_unit == "absolute" else table.meta["paper_f_acc"]
+    unit = table.meta["paper_f_acc"]  # of this table, whatever the unit of the profile's own search
     if unit is None:
         raise SearchError(
             f"the table lacks the paper's vector {PAPER_ARCHITECTURE}, the unit of eps; "
-            "use eps_unit='absolute' or declare it in `tabular_subspace`"
+            "declare it in `tabular_subspace`"
         )
     problem = tabular_problem(table)
     costs = problem.costs(enumerate_space(problem.space))
