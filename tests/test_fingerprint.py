@@ -214,6 +214,25 @@ def package(tmp_path, monkeypatch):
         del sys.modules[name]
 
 
+def test_the_open_of_a_notebook_is_the_builtin(package):
+    "IPython puts a wrapper of `open` into the names of a notebook."
+    import functools
+
+    key = package(main="def f(path): return open(path).read()")
+    main = sys.modules["lab.main"]
+
+    @functools.wraps(open)
+    def wrapper(*args):
+        return open(*args)
+
+    wrapper.__module__ = "IPython.core.interactiveshell"
+    main.open = types.FunctionType(wrapper.__code__, {"__name__": "IPython"}, "open")
+    main.open.__wrapped__ = open
+    assert source_hash(main.f) == key
+    own = "def open(path): return 1\ndef f(path): return open(path).read()"
+    assert package(main=own) != key
+
+
 BASE = """
     import functools
     def g(x): return x + 1

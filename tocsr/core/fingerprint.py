@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ast
+import builtins
 import enum
 import functools
 import hashlib
@@ -318,13 +319,17 @@ class _Walk:
         return [kind] if text.startswith("<") or " at 0x" in text else [kind, text]
 
     def part(self, obj) -> list:
-        "Describe a function or class with the values of the names that it reads."
+        """Describe a function or class with the values of the names that it reads.
+
+        Builtins are left out, also in the form that IPython gives to `open` in a notebook.
+        """
         syntax = _syntax(obj)
         read = {}
         local = _local_imports(obj, self.packages)
         scope = ChainMap(local, _scope(obj))
         for name in (*syntax.names, *local):
-            if name in scope and self.shapes_results(scope[name]):
+            foreign = hasattr(builtins, name) and not self.ours(scope.get(name))
+            if name in scope and not foreign and self.shapes_results(scope[name]):
                 read[name] = self.describe(scope[name])
         for first, *attributes in syntax.dotted:
             value = scope.get(first)
