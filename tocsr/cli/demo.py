@@ -125,7 +125,7 @@ TILES = {"the model's": None, "64": 64, "128": 128, "256": 256, "no tiles": 0}
 AGREEMENTS = {
     "the model's choice": None,
     "clean: it agrees with every input pixel": 1,
-    "noisy, blurred or compressed": 8,
+    "noisy or blurred": 8,
     "does not bind the result": 0,
 }
 _INTRODUCTION = (

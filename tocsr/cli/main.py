@@ -179,7 +179,7 @@ Consistency = Annotated[
     typer.Option(
         min=0,
         help="1: the downsampled result equals the input. N: it does after further downsampling "
-        "by N, for noisy, blurred or compressed images. 0: off. Default: the model's.",
+        "by N, for noisy or blurred images. 0: off. Default: the model's.",
     ),
 ]
 Strength = Annotated[float, typer.Option(help="From 0, bicubic, to 1, the model's result.")]

@@ -193,10 +193,11 @@ pipeline_tag: image-to-image
 tags: [super-resolution, diffusion, image-restoration]
 ---"""
 _INTRODUCTION = (
-    "Small models trained for the reproducible companion of TOC-SR (arXiv 2605.02767), by the code "
-    "of profile `release`, for the steps named below. Their license is Apache-2.0; the photographs "
-    "keep their own licenses. Perceptual metrics below come from pyiqa, whose license is "
-    "PolyForm-Noncommercial-1.0.0; using the weights does not need it."
+    "Small models trained for the reproducible companion of TOC-SR (arXiv 2605.02767). They were "
+    "trained step by step with the code of the stages; the steps are listed below. Profile "
+    "`release` is the corresponding single run and has not been run yet. Their license "
+    "is Apache-2.0; the photographs keep their own licenses. Perceptual metrics below come "
+    "from pyiqa, whose license is PolyForm-Noncommercial-1.0.0; using the weights does not need it."
 )
 
 
