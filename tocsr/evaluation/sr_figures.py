@@ -277,8 +277,12 @@ def result_grid(
     rows: dict[int, str],  # index -> label, as of `choose_rows`
     *,
     detail: int = DETAIL,
+    per_line: int = 0,  # wrap a row after so many images, with their titles below; 0: do not wrap
 ) -> Image.Image:
-    "Rows of results with PSNR-Y below each, except for LR and HR."
+    """Rows of results with PSNR-Y below each, except for LR and HR.
+
+    Wrapped rows have no details, which need the original in every line.
+    """
     shown = [[images[k][i].clamp(-1, 1) for k in columns] for i in rows]
     results = [k for k in columns if k not in ("LR", "HR")]
     captions = []
@@ -286,7 +290,17 @@ def result_grid(
         psnr = {k: f"{_psnr_y(images[k][i], images['HR'][i]):.1f} dB" for k in results}
         captions.append([psnr.get(k, "") for k in columns])
     labels = list(rows.values()) if any(rows.values()) else ()
-    return image_grid(shown, list(columns.values()), labels, captions=captions, detail=detail)
+    if not per_line:
+        return image_grid(shown, list(columns.values()), labels, captions=captions, detail=detail)
+    starts = range(0, len(columns), per_line)
+    titled = [
+        [f"{title}\n{value}" for title, value in zip(columns.values(), row)] for row in captions
+    ]
+    return image_grid(
+        [row[first : first + per_line] for row in shown for first in starts],
+        labels=[label for label in labels for _ in starts],
+        captions=[row[first : first + per_line] for row in titled for first in starts],
+    )
 
 # %% ../../nbs/tools/511_sr_figures.ipynb #71a816cd
 def plot_costs(
