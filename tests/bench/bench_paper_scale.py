@@ -43,7 +43,7 @@ from tocsr.core import training  # noqa: E402
 from tocsr.core.config import Profile, get_profile  # noqa: E402
 from tocsr.core.files import write_atomic, write_json  # noqa: E402
 from tocsr.core.fingerprint import config_hash, source_hash  # noqa: E402
-from tocsr.core.store import machine, run_stage, stage_key  # noqa: E402
+from tocsr.core.store import Run, machine, run_stage, stage_key  # noqa: E402
 from tocsr.search.fidelity import Fidelity  # noqa: E402
 
 STAGES = ("autoencoder", "teacher", "surrogates", "search", "compact", "adapt", "onestep")
@@ -90,26 +90,42 @@ class Stopwatch:
         write_json(self.file, dict(seconds=self.seconds, peak_gib=self.peak))
         return result
 
-    def watch(self):
-        "Measure steps of `fit`, of FwKD and calls of `Fidelity`."
-        from tocsr.stages import feature_distillation
+    def lap(self, name: str):
+        "A callback that records the seconds since its last call."
+        last = time.perf_counter()
 
+        def callback(step, metrics):
+            nonlocal last
+            now = time.perf_counter()
+            self.seconds.setdefault(name, []).append(now - last)
+            last = now
+
+        return callback
+
+    def watch(self):
+        """Measure steps of `fit`, of FwKD and calls of `Fidelity`.
+
+        Methods are replaced, and no functions: the keys of results cover those.
+        """
         step = training._Training.step
-        fwkd = feature_distillation._distillation_step
+        options = Run.training
         fidelity = Fidelity.__call__
 
         def timed_step(inner, index, loader):
             name = inner.options.scratch.name
             return self.time(name, partial(step, inner, index, loader))
 
-        def timed_fwkd(*args, **kwargs):
-            return self.time("FwKD", partial(fwkd, *args, **kwargs))
+        def timed_fwkd(run, name):
+            "FwKD has a loop of its own: a step is the time between two callbacks."
+            if not run.scratch.match("surrogates/*"):
+                return options(run, name)
+            return replace(options(run, name), callback=self.lap("FwKD"))
 
         def timed_fidelity(inner, net):
             return self.time("f_acc", partial(fidelity, inner, net))
 
         training._Training.step = timed_step
-        feature_distillation._distillation_step = timed_fwkd
+        Run.training = timed_fwkd
         Fidelity.__call__ = timed_fidelity
 
 
@@ -124,11 +140,13 @@ def peak_gib(device: str) -> float:
 
 def rehearse(stage: str, p: Profile, file: Path):
     "Run one stage in this process and write its row."
-    key = stage_key(stage, p)  # before the stopwatch replaces functions that it hashes
+    key = stage_key(stage, p)
     watch = Stopwatch(p.device, file.with_suffix(".steps.json"))
     watch.watch()
     start = time.perf_counter()
     run_stage(stage, p)
+    if stage_key(stage, p) != key:
+        raise SystemExit(f"{stage}: the stopwatch changed the key of the result")
     row = dict(
         stage=stage,
         wall_s=time.perf_counter() - start,

@@ -35,10 +35,11 @@ from ..search.parallel import evaluations_per_process
 from ..search.tabular import DEEPEST, parse_subspace
 
 # %% auto #0
-__all__ = ['TRAINING_BYTES', 'EMA_BYTES', 'DDP_BYTES', 'WEIGHT_BYTES', 'PROCESS_BYTES', 'CHAIN', 'COMPARISONS', 'Part',
-           'compact_network', 'Networks', 'bare_networks', 'count_parts', 'Rates', 'measure_rates', 'apply_rates',
-           'Phase', 'StagePlan', 'Plan', 'Machine', 'make_plan', 'this_machine', 'plan_run', 'device_memory_gib',
-           'planned_stages', 'plan_stage', 'stage_phases', 'mean_cost', 'plan_rows', 'plan_heading', 'plan_json']
+__all__ = ['TRAINING_BYTES', 'EMA_BYTES', 'DDP_BYTES', 'WEIGHT_BYTES', 'PROCESS_BYTES', 'CHAIN', 'COMPARISONS', 'PASS_BATCH',
+           'Part', 'compact_network', 'Networks', 'bare_networks', 'count_parts', 'Rates', 'measure_rates',
+           'apply_rates', 'Phase', 'StagePlan', 'Plan', 'Machine', 'make_plan', 'this_machine', 'plan_run',
+           'device_memory_gib', 'planned_stages', 'plan_stage', 'stage_phases', 'mean_cost', 'plan_rows',
+           'plan_heading', 'plan_json']
 
 # %% ../../nbs/tools/704_plan.ipynb #fcd706d7
 class PlanError(ValueError):
@@ -500,6 +501,11 @@ CHAIN = ("autoencoder", "teacher", "surrogates", "search", "compact", "adapt", "
 COMPARISONS = ("tabular", "compact_study", "fidelity_rank")
 
 
+# samples of a measured pass: with one sample, reading the weights takes most of the time, which the
+# samples of a batch share
+PASS_BATCH = 8
+
+
 def this_machine(
     profile: Profile,
     networks: Networks,
@@ -508,7 +514,8 @@ def this_machine(
     "This machine's GPUs, or its CPU with one process; passes are measured."
     device = "cuda" if torch.cuda.is_available() else "cpu"
     count = max(1, torch.cuda.device_count())
-    rates = measure_rates(profile, networks, device, log=log)
+    batch = min(PASS_BATCH, profile.teacher.batch)
+    rates = measure_rates(profile, networks, device, batch, log)
     source = f"passes measured on this machine's {device}"
     return Machine(count, device_memory_gib(device), device, rates=rates, rate=source)
 
@@ -560,7 +567,7 @@ def plan_stage(
     parts: dict[str, Part],
     m: Machine,
 ) -> StagePlan:
-    "Sums of phases; memory is that of the largest."
+    "Sums of phases; memory is that of the largest. Surrogates are trained without checkpointing."
     macs = 0.0
     seconds = 0.0
     passes = 4 if p.gradient_checkpointing else 3
@@ -577,6 +584,8 @@ def plan_stage(
                 macs += samples * times * cost * parts[part].macs
                 if m.rates:
                     seconds += samples * times * getattr(parts[part], kind)
+                if m.rates and kind == "training_s" and name == "surrogates":
+                    seconds -= samples * times * (passes - 3) * parts[part].forward_s
         if m.rates:
             seconds += phase.steps * phase.trained * m.rates.update_s
     if not m.rates:
