@@ -35,11 +35,10 @@ from ..search.parallel import evaluations_per_process
 from ..search.tabular import DEEPEST, parse_subspace
 
 # %% auto #0
-__all__ = ['TRAINING_BYTES', 'EMA_BYTES', 'DDP_BYTES', 'WEIGHT_BYTES', 'PROCESS_BYTES', 'CHAIN', 'COMPARISONS', 'PASS_BATCH',
-           'Part', 'compact_network', 'Networks', 'bare_networks', 'count_parts', 'Rates', 'measure_rates',
-           'apply_rates', 'Phase', 'StagePlan', 'Plan', 'Machine', 'make_plan', 'this_machine', 'plan_run',
-           'device_memory_gib', 'planned_stages', 'plan_stage', 'stage_phases', 'mean_cost', 'plan_rows',
-           'plan_heading', 'plan_json']
+__all__ = ['TRAINING_BYTES', 'EMA_BYTES', 'DDP_BYTES', 'WEIGHT_BYTES', 'PROCESS_BYTES', 'CHAIN', 'COMPARISONS', 'Part',
+           'compact_network', 'Networks', 'bare_networks', 'count_parts', 'Rates', 'measure_rates', 'apply_rates',
+           'Phase', 'StagePlan', 'Plan', 'Machine', 'make_plan', 'this_machine', 'plan_run', 'device_memory_gib',
+           'planned_stages', 'plan_stage', 'stage_phases', 'mean_cost', 'plan_rows', 'plan_heading', 'plan_json']
 
 # %% ../../nbs/tools/704_plan.ipynb #fcd706d7
 class PlanError(ValueError):
@@ -503,7 +502,7 @@ COMPARISONS = ("tabular", "compact_study", "fidelity_rank")
 
 # samples of a measured pass: with one sample, reading the weights takes most of the time, which the
 # samples of a batch share
-PASS_BATCH = 8
+_PASS_BATCH = 8
 
 
 def this_machine(
@@ -514,7 +513,7 @@ def this_machine(
     "This machine's GPUs, or its CPU with one process; passes are measured."
     device = "cuda" if torch.cuda.is_available() else "cpu"
     count = max(1, torch.cuda.device_count())
-    batch = min(PASS_BATCH, profile.teacher.batch)
+    batch = min(_PASS_BATCH, profile.teacher.batch)
     rates = measure_rates(profile, networks, device, batch, log)
     source = f"passes measured on this machine's {device}"
     return Machine(count, device_memory_gib(device), device, rates=rates, rate=source)
