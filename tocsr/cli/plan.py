@@ -18,6 +18,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny, ModelMixin, UNet2DConditio
 from torch import Tensor, nn
 
 from ..core.config import Profile, share_batch
+from ..core.runtime import tune_allocator
 from ..core.store import machine
 from tocsr.models.architecture import (
     PAPER_ARCHITECTURE,
@@ -331,6 +332,7 @@ def measure_rates(
 ) -> Rates:
     "Measure passes of the teacher's and the compact network's stages, encoder, decoder; optimizer."
     device = torch.device(device)
+    tune_allocator()  # as in training
     n = networks
     options = dict(device=device, precision=profile.mixed_precision)
     ckpt = profile.gradient_checkpointing
@@ -852,6 +854,8 @@ def _network_training(
 def _adapt(p: Profile, parts: dict, networks: Networks, m: Machine) -> list[Phase]:
     a = p.adapt
     vae = parts["encoder"].params + parts["decoder"].params
+    on_cpu = m.device == "cpu" and "teacher" in a.variants
+    whole = parts["teacher"].params if on_cpu else 0
     phases = []
     for variant in a.variants:
         net = "teacher" if variant == "teacher" else "compact"
@@ -862,7 +866,7 @@ def _adapt(p: Profile, parts: dict, networks: Networks, m: Machine) -> list[Phas
                 training=((net, 1),),
                 forward=(("encoder", 2),) if a.fresh_pairs else (),
                 trained=parts[net].params,
-                frozen=vae + (parts["teacher"].params if m.device == "cpu" else 0),
+                frozen=vae + whole,
                 kept=parts[net].kept,
                 kept_once=parts[net].kept_once,
             )

@@ -38,7 +38,7 @@ from tocsr.models.generator import (
     save_sr_model,
 )
 from ..models.staged_unet import split_into_stages
-from .expansion import load_teacher
+from .expansion import load_teacher, load_teacher_autoencoder
 from .finetune import load_compact
 
 # %% auto #0
@@ -180,10 +180,11 @@ def run_adapt(run: Run) -> dict:
     p = run.profile
     cfg = p.adapt
     _check_variants(cfg.variants)
-    teacher = load_teacher(run.inputs["teacher"])
-    vae = teacher.vae
+    vae = load_teacher_autoencoder(run.inputs["teacher"])
     compact, scheduler = load_compact(run.inputs["compact"])
-    backbones = dict(ours=compact, paper=compact, teacher=split_into_stages(teacher.unet))
+    backbones = dict(ours=compact, paper=compact)
+    if "teacher" in cfg.variants:
+        backbones["teacher"] = split_into_stages(load_teacher(run.inputs["teacher"]).unet)
     begin = time.perf_counter()
     pairs = _training_pairs(run, vae)
     pairs_s = time.perf_counter() - begin

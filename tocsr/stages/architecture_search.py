@@ -27,7 +27,7 @@ from ..search.network import as_architecture, as_vector
 from ..search.parallel import count_workers, run_searches
 from ..search.space import SearchError, SearchProblem, check_grid
 from .compact_study import frechet_distances, sample_images
-from .expansion import load_teacher
+from .expansion import load_teacher_autoencoder
 from .search_inputs import SearchInputs, load_search_problem
 
 # %% auto #0
@@ -169,7 +169,7 @@ def candidate_distances(
     cfg = p.search
     if not cfg.samples:
         return {}
-    vae = load_teacher(run.inputs["teacher"]).vae
+    vae = load_teacher_autoencoder(run.inputs["teacher"])
     device = pick_device(p.device)
     side = inputs.latents.shape[-1]
     options = dict(n=cfg.samples, side=side, steps=cfg.sample_steps, seed=p.seed + 7)

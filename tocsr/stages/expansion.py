@@ -44,7 +44,7 @@ from tocsr.stages.expansion_training import (
 )
 
 # %% auto #0
-__all__ = ['HELD_OUT_SEED', 'load_teacher', 'bundled_teacher', 'run_teacher']
+__all__ = ['HELD_OUT_SEED', 'load_teacher', 'load_teacher_autoencoder', 'bundled_teacher', 'run_teacher']
 
 # %% ../../nbs/01_expansion.ipynb #c0007fba
 EVAL_SIDE = 256  # pixels of the crops on which autoencoders are compared
@@ -133,6 +133,11 @@ HELD_OUT_SEED = 5  # of the held-out latent crops
 def load_teacher(artifact: Artifact) -> Teacher:
     "The teacher that stage `teacher` left."
     return load_teacher_folder(artifact.path / "teacher")
+
+
+def load_teacher_autoencoder(artifact: Artifact) -> LatentAutoencoder:
+    "The autoencoder of the teacher that stage `teacher` left, without its UNet."
+    return load_autoencoder(artifact.path / "teacher", subfolder="vae").float()
 
 
 def bundled_teacher() -> Path:

@@ -161,6 +161,7 @@ def run_compact(run: Run) -> dict:
     teacher = split_into_stages(source.unet.eval().requires_grad_(False))
     library = load_library(run.inputs["surrogates"].path, teacher)
     start = assemble(teacher, library, run.inputs["search"].results["chosen"]["architecture"])
+    del library  # half as large as the teacher
     images = load_photos(p.data).split("train")
     bank = training_latents(
         source.vae,

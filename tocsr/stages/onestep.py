@@ -50,7 +50,7 @@ from tocsr.models.losses import (
 )
 from ..models.regression import RegressionNet, equal_cost_net, train_regression
 from .adaptation import load_multistep, load_pair_pool
-from .expansion import load_teacher
+from .expansion import load_teacher_autoencoder
 from .student_recipes import StudentRecipe, make_student, student_recipes
 
 # %% auto #0
@@ -309,7 +309,7 @@ def run_onestep(run: Run) -> dict:
     cfg = p.onestep
     side = p.data.patch
     factor = CONSISTENCY_FACTOR if cfg.consistency else 0
-    vae = load_teacher(run.inputs["teacher"]).vae
+    vae = load_teacher_autoencoder(run.inputs["teacher"])
     multistep = _multistep_models(run.inputs["adapt"], cfg)
     pool = None
     if cfg.regression or not cfg.fresh_noise:
