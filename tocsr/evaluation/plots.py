@@ -98,7 +98,7 @@ def label_line_ends(
     ax.autoscale_view()  # else the limits are found at drawing time
     fraction = (ax.transScale + ax.transLimits).transform
     ends = sorted(ends, key=lambda e: fraction(e[:2])[1])
-    distance = 9 / 72 / (0.75 * ax.figure.get_figheight())
+    distance = 10 / 72 / (0.62 * ax.figure.get_figheight())  # of letters, in axis heights
     heights = _spread([fraction(e[:2])[1] for e in ends], distance)
     for (x, y, text, color), height in zip(ends, heights):
         ax.annotate(

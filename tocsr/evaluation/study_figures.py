@@ -54,7 +54,7 @@ def _draw_bars(ax, rows: list[dict], has_advantage: bool):
     ax.invert_yaxis()
     ax.set_yticks(range(len(rows)), [r["title"] for r in rows])
     without = "error / linear denoiser's (the teacher has no advantage)"
-    retained = "share of the teacher's advantage over the linear denoiser (1: all, below 0: worse)"
+    retained = "retained advantage over the linear denoiser\n(1: the teacher's, below 0: worse)"
     ax.set_xlabel(retained if has_advantage else without)
 
 
