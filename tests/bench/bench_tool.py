@@ -10,6 +10,7 @@ are reported. The upscaled image has 16 x 16 pixels, so that its command is star
 import argparse
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -49,11 +50,12 @@ def run(arguments: tuple[str, ...], folder: Path) -> tuple[float, float]:
     "Wall and CPU seconds of a Python process."
     environment = os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
     call = [sys.executable, *arguments]
-    before = os.times()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    start = time.perf_counter()
     subprocess.run(call, check=True, capture_output=True, env=environment, cwd=folder)
-    after = os.times()
-    cpu = sum(after[2:4]) - sum(before[2:4])  # user and system time of children
-    return after.elapsed - before.elapsed, cpu
+    wall = time.perf_counter() - start
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def measure(startup: Startup, repeats: int = 3) -> dict[str, float]:
