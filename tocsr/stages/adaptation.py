@@ -174,6 +174,22 @@ def _training_pairs(run: Run, vae: LatentAutoencoder) -> PairPool | FreshPairs:
     )
 
 
+def _validated(run: Run, name: str, model: SRModel, vae: LatentAutoencoder) -> TrainOptions:
+    "Options of the training `name`, with validation images."
+    p = run.profile
+    sample = partial(
+        sample_sr,
+        model,
+        vae,
+        steps=max(p.adapt.sample_steps),
+        scale=p.data.scale,
+        seed=p.seed,
+        device=pick_device(p.device),
+    )
+    validate = make_validation(sample, p, vae.factor, run.scratch / f"validation-{name}")
+    return replace(run.training(name), validate=validate)
+
+
 @stage("adapt", upstream=("teacher", "compact"), config=lambda p: (p.adapt, p.eval))
 def run_adapt(run: Run) -> dict:
     "Train the multi-step models (algorithm S3); evaluate them by crop size and DDIM steps."
@@ -202,19 +218,7 @@ def run_adapt(run: Run) -> dict:
             unet, scheduler, target=target, z_h=measured.z_h, z_l=measured.z_l
         )
         run.log(f"{name}: {target}")
-        sample = partial(
-            sample_sr,
-            models[name],
-            vae,
-            steps=max(cfg.sample_steps),
-            scale=p.data.scale,
-            seed=p.seed,
-            device=pick_device(p.device),
-        )
-        folder = run.scratch / f"validation-{name}"
-        options = replace(
-            run.training(name), validate=make_validation(sample, p, vae.factor, folder)
-        )
+        options = _validated(run, name, models[name], vae)
         curve = train_multistep(models[name], pairs, cfg, options)
         curves[name] = [record["loss"] for record in curve]
         save_sr_model(run.dir / name, models[name])
