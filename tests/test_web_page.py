@@ -130,13 +130,15 @@ def test_bad_and_huge_files_are_refused_with_a_message(visit, tmp_path):
     with open(tmp_path / "large.png", "wb") as f:
         f.truncate(51_000_000)
     page.set_input_files("#file", str(tmp_path / "large.png"))
-    page.wait_for_function("document.getElementById('error').textContent.includes('51 MB')")
+    error.filter(has_text="51 MB").wait_for()
     Image.new("RGB", (1300, 1000)).save(tmp_path / "wide.png")
     page.set_input_files("#file", str(tmp_path / "wide.png"))
     page.locator("#center").wait_for()
     assert "1300 × 1000 pixels, 1.3\u00a0Mpixel" in error.inner_text()
     page.click("#center")
-    page.wait_for_function("document.getElementById('progress').value > 0")
+    page.locator(
+        "#progress:not([value='0'])"
+    ).wait_for()  # the page's policy forbids to eval a test
     page.click("#cancel")
     assert page.locator("#status").is_hidden() and error.is_hidden()
 
@@ -149,25 +151,29 @@ def test_orientation_is_applied_and_transparency_is_white(visit, tmp_path):
     Image.new("RGB", (32, 16), "red").save(tmp_path / "turned.jpg", exif=exif)
     assert upscale(visit(), tmp_path / "turned.jpg").size == (64, 128)
     Image.new("RGBA", (16, 16), (200, 0, 0, 0)).save(tmp_path / "clear.png")
-    assert upscale(visit(), tmp_path / "clear.png").getextrema() == ((255, 255),) * 3
+    # white, up to a level of the network
+    darkest = [low for low, _ in upscale(visit(), tmp_path / "clear.png").getextrema()]
+    assert min(darkest) >= 254
 
 
 @needs_export
 @needs_browser
 def test_noise_and_resizing_equal_torch(visit):
     page = visit()
-    script = "f => import('./numerics.js').then(m => Array.from(eval(f)(m).data))"
+    script = (
+        "([name, args]) => import('./numerics.js').then(m => Array.from(m[name](...args).data))"
+    )
 
-    def run(expression):
-        return torch.tensor(page.evaluate(script, expression))
+    def run(name, *args):
+        return torch.tensor(page.evaluate(script, [name, args]))
 
     for seed in (0, 5, 2**31 - 1):
-        noise = run(f"m => m.startNoise(16, 8, 16, {seed})")
+        noise = run("startNoise", 16, 8, 16, seed)
         assert torch.allclose(noise, start_noise((16, 8, 16), seed, [0]).flatten(), atol=1e-5)
     x = torch.rand(2, 11, 7, generator=torch.Generator().manual_seed(0))
-    image = f"{{data: {x.flatten().tolist()}, channels: 2, height: 11, width: 7}}"
+    image = dict(data=x.flatten().tolist(), channels=2, height=11, width=7)
     for size in ((44, 28), (5, 3), (13, 20)):
-        found = run(f"m => m.resize({image}, {size[0]}, {size[1]})")
+        found = run("resize", image, *size)
         assert torch.allclose(found, imresize(x, size=size).flatten(), atol=1e-5), size
 
 
