@@ -263,6 +263,7 @@ def test_a_checkpoint_without_spandrel_is_refused(hr, tmp_path, monkeypatch):
         (("--dataset", "Set5", "--pairs", "."), "either"),
         (("--pairs", ".", "--results", "out"), "NAME=FOLDER"),
         (("--pairs", ".", "--degradation", "fog"), "realesrgan"),
+        (("--pairs", ".", ".", "--model", "bicubic"), "same size"),
         (("--dataset", "Set5", "--device", "cuda:99"), "not available here"),
     ],
 )
@@ -270,6 +271,17 @@ def test_wrong_arguments_are_one_line(hr, monkeypatch, args, word):
     monkeypatch.chdir(hr)
     r = call("eval", *args)
     assert r.exit_code == 2 and word in r.stderr and "Traceback" not in r.stderr, r.stderr
+
+
+def test_a_model_without_any_value_fails_the_command(hr, monkeypatch):
+    from tocsr.evaluation import runner
+
+    args = ("eval", "--pairs", hr, "--scale", 4, "--model", "bicubic", "--metrics", "psnry")
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "measure", lambda names, *a, **k: dict.fromkeys(names, "lost"))
+        r = call(*args)
+    assert r.exit_code == 1 and "no value of bicubic" in r.stderr
+    assert call(*args).exit_code == 0
 
 
 def test_the_paired_interval_covers_the_true_difference():

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -738,6 +739,7 @@ def test_outputs_of_a_folder(album, monkeypatch, given, out, format, expected):
         (["-", "a"], "x", None, "alone"),
         (["album/a.JPG"], "x.abc", None, "'.abc'"),
         (["album"], "album/notes.txt", None, "need a folder"),
+        (["album/a.JPG"], "x.png", "jpeg", "suffix is not that of --format"),
     ],
 )
 def test_plans_that_are_refused(album, monkeypatch, inputs, out, format, words):
@@ -745,6 +747,29 @@ def test_plans_that_are_refused(album, monkeypatch, inputs, out, format, words):
     with pytest.raises(image_files.UsageError) as e:
         batch.plan_jobs(inputs, out, format)
     assert words in str(e.value) and "\n" not in str(e.value)
+
+
+def test_empty_names_are_refused(model, tmp_path, monkeypatch):
+    "Those of a shell variable that is not set; the current folder is not upscaled instead."
+    monkeypatch.chdir(tmp_path)
+    make_image().save("a.png")
+    for args, words in ((("",), "an input is an empty name"), (("a.png", "-o", ""), "-o is an")):
+        r = call("upscale", *args, "--model", model)
+        assert r.exit_code == 2 and words in r.stderr, r.stderr
+    assert [f.name for f in tmp_path.iterdir() if f.is_file()] == ["a.png"]
+
+
+def test_standard_output_that_takes_a_part_gets_all(monkeypatch):
+    "As with PYTHONUNBUFFERED, where `write` may write less than it is given."
+
+    class Raw(io.BytesIO):
+        def write(self, data):
+            return super().write(data[:7])
+
+    raw = Raw()
+    monkeypatch.setattr(sys, "stdout", types.SimpleNamespace(buffer=raw))
+    batch._write(None, bytes(range(100)))
+    assert raw.getvalue() == bytes(range(100))
 
 
 PASSED_OVER = [".avif", ".heic", ".jp2", ".ppm", ".tga", ".txt", ""]

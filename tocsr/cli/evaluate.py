@@ -234,12 +234,24 @@ def eval_command(
     models = _open_models(model or [], default=not given, device=where)
     options = dict(root=root, verify=not unverified, download=download, scale=scale)
     chosen = _open_chosen_set(dataset, pairs, lr, kind=degradation, **options)
+    if chosen.scale == 1:
+        raise ChoiceError(f"{pairs} and {lr} have images of the same size: LR images are smaller")
     chosen = chosen.first(limit) if limit else chosen
     models = _fit_to_set(models, given, chosen, resize=resize)
     result = evaluate_on_test_set(models, chosen, names, threads=threads, dtype=dtype)
     if save_grid:
         _draw_grid(save_grid, chosen, models, cases=cases, dtype=dtype)
     typer.echo(json.dumps(result, indent=1) if as_json else _evaluation_text(result, dtype))
+    lacking = _without_values(result, names) if model else []
+    if lacking:
+        typer.echo(f"tocsr: no value of {', '.join(lacking)}: see the reasons above", err=True)
+        raise typer.Exit(1)
+
+
+def _without_values(result: dict, metrics: list[str]) -> list[str]:
+    "Models that none of the metrics could be computed for."
+    values = {name: m.get("values", {}) for name, m in result["models"].items()}
+    return [name for name, v in values.items() if all(isinstance(v.get(k), str) for k in metrics)]
 
 
 def _grid_crops(file: Path | None, crops: list[str]) -> list:

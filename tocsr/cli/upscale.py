@@ -370,6 +370,8 @@ def _plan(inputs: list[str], out: str | None, format: str | None, tag: str) -> t
 
 def _check_early(inputs: list[str], out: str | None, *, scale: float | None, as_json: bool):
     "Raise an error for arguments that no model takes, before torch is imported."
+    if "" in inputs or out == "":
+        raise ChoiceError(f"{'-o' if out == '' else 'an input'} is an empty name")
     if as_json and out == "-":
         raise ChoiceError("--json and -o - both want standard output")
     for name, used in (("stdin", "-" in inputs), ("stdout", out == "-")):

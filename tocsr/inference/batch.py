@@ -151,7 +151,10 @@ def _target(out: Path, relative: Path, f: Format | None) -> tuple[Path, Format]:
 def _plan_one_file(source: Path | None, out: str, f: Format | None) -> Job:
     "The job with the output file `out`."
     target = Path(out)
-    f = f or format_of_suffix(target)
+    named = format_of_suffix(target)
+    if f and named and f is not named:
+        raise UsageError(f"{out}: its suffix is not that of --format {f.name}")
+    f = f or named
     if f is None:
         suffixes = ", ".join(sorted(_READ_SUFFIXES - {".gif"}))
         raise UsageError(
@@ -194,8 +197,8 @@ def plan_jobs(
         return _check_targets([_plan_one_file(found[0][0], out, f)])
     if to.exists() and not to.is_dir():
         raise UsageError(
-            f"{out} is a file; {len(found)} image{'s' if len(found) > 1 else ''} from "
-            f"{', '.join(inputs)} need a folder: name one with -o"
+            f"{out} is a file of another kind; the results of {', '.join(inputs)} need a folder or "
+            "a file name with an image suffix: choose another -o"
         )
     return _check_targets([Job(source, *_target(to, relative, f)) for source, relative in found])
 
@@ -314,12 +317,19 @@ class FatalOutputError(RuntimeError):
 _FATAL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 
+def _write_to_stdout(data: bytes):
+    "Write all of `data`; an unbuffered stream may take a part of it at a time."
+    rest = memoryview(data)
+    while len(rest):
+        rest = rest[sys.stdout.buffer.write(rest) :]
+    sys.stdout.buffer.flush()
+
+
 def _write(target: Path | None, data: bytes):
     "Write a complete file or none; raises `FatalOutputError` if no other could be written."
     try:
         if target is None:
-            sys.stdout.buffer.write(data)
-            sys.stdout.buffer.flush()
+            _write_to_stdout(data)
         else:
             write_atomic(target, data)
     except OSError as e:
