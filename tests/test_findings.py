@@ -153,7 +153,7 @@ def with_values(evidence: F.Evidence, stage: str, **psnry: float) -> F.Evidence:
     return replace(evidence, values=evidence.values | {stage: values})
 
 
-UNTESTABLE = ("sr.prior", "sr.rivals")  # nothing here measures them
+UNTESTABLE = ("sr.prior", "sr.competitors")  # nothing here measures them
 
 
 def test_evidence_as_in_the_paper_confirms_every_finding_that_is_measured(evidence):
@@ -326,7 +326,7 @@ def test_stored_verdicts_are_those_of_the_rule(evidence, tmp_path):
         F.read_findings(path)
     for text in ("[{", "[1]", '[{"id": "a"}]'):
         path.write_text(text)
-        with pytest.raises(F.FindingError, match="damaged|exactly"):
+        with pytest.raises(F.FindingError, match="not valid|exactly"):
             F.read_findings(path)
     with pytest.raises(F.FindingError, match="07_paper"):
         F.read_findings(tmp_path / "none.json")

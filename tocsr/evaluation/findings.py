@@ -787,12 +787,12 @@ def _other_models(e: Evidence) -> Finding:
     best = reported_value("table_1", "TOC-SR", "LPIPS")
     other = reported_value("table_1", "Edge-SD-SR", "LPIPS")
     return _finding(
-        "sr.rivals",
+        "sr.competitors",
         "The one-step model is as good as far larger diffusion models, in LPIPS better than all.",
         where="tables 1, 2",
         paper=f"LPIPS {best} on DIV2K-Val, next best {other}",
         scale=e.scale(),
-        missing="needs weights of the paper's scale, its test sets and its rivals' results",
+        missing="needs weights of the paper's scale, its test sets and its competitors' results",
     )
 
 # %% ../../nbs/tools/523_findings.ipynb #3711a203
@@ -855,14 +855,14 @@ def write_findings(findings: Sequence[Finding], path: str | Path) -> Path:
 def read_findings(path: str | Path) -> list[Finding]:
     """Read findings.json.
 
-    Raises `FindingError` for a missing or damaged file, and for a verdict that is not the rule's.
+    Raises `FindingError` for a missing or invalid file, and for a verdict that is not the rule's.
     """
     try:
         entries = json.loads(Path(path).read_text())
     except FileNotFoundError as e:
         raise FindingError(f"no findings at {path}; notebook 07_paper writes them") from e
     except ValueError as e:
-        raise FindingError(f"{path} is damaged ({e}); notebook 07_paper writes it again") from e
+        raise FindingError(f"{path} is not valid ({e}); notebook 07_paper writes it again") from e
     names = {f.name for f in fields(Finding)} | {"verdict", "reason"}
     findings = []
     for entry in entries:
