@@ -43,6 +43,7 @@ from tocsr.core import training  # noqa: E402
 from tocsr.core.config import Profile, get_profile  # noqa: E402
 from tocsr.core.files import write_atomic, write_json  # noqa: E402
 from tocsr.core.fingerprint import config_hash, source_hash  # noqa: E402
+from tocsr.core.runtime import peak_bytes  # noqa: E402
 from tocsr.core.store import Run, machine, run_stage, stage_key  # noqa: E402
 from tocsr.search.fidelity import Fidelity  # noqa: E402
 
@@ -137,9 +138,7 @@ def peak_gib(device: str) -> float:
     "Peak memory of this process, or of the device."
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return peak_bytes() / 2**30
 
 
 def rehearse(stage: str, p: Profile, file: Path):

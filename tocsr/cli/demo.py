@@ -96,8 +96,8 @@ def compare_upload(
     "Upscale one file, bicubically and by the model; raises `ValueError` for what cannot be done."
     from tocsr.cli.upscale import call_arguments, make_upscaler
     from tocsr.core.image import imresize
+    from tocsr.core.runtime import peak_bytes
     from tocsr.inference.image_files import FORMATS, encode_image, upscale_image
-    from tocsr.inference.model_info import peak_bytes
 
     png = FORMATS["png"]
     options = dict(tile=tile, consistency=consistency, strength=1.0, num_inference_steps=1)

@@ -10,6 +10,8 @@ import hashlib
 import json
 import os
 import platform
+import re
+import sys
 import time
 from collections.abc import Callable
 from functools import cache
@@ -21,7 +23,7 @@ from .download import cache_dir as user_cache_dir
 from .files import write_json
 
 # %% auto #0
-__all__ = ['tune_allocator', 'pick_device', 'gemm_rate', 'training_step_seconds', 'fastest_precision']
+__all__ = ['tune_allocator', 'peak_bytes', 'pick_device', 'gemm_rate', 'training_step_seconds', 'fastest_precision']
 
 # %% ../../nbs/tools/001_runtime.ipynb #9ebf4284
 _M_TRIM_THRESHOLD = -1  # constants of glibc's malloc.h
@@ -47,6 +49,23 @@ def tune_allocator() -> str:
         and mallopt(_M_TOP_PAD, 64 * 2**20)
     )
     return "glibc, freed memory kept (mallopt)" if ok else "glibc, mallopt refused"
+
+# %% ../../nbs/tools/001_runtime.ipynb #5e0a11c2
+def peak_bytes() -> int | None:
+    """The most memory that this process has held; None on Windows.
+
+    On Linux it is read from /proc: the number of `getrusage` includes what the parent process held
+    when it started this one.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024
+    if sys.platform == "win32":
+        return None
+    import resource  # only on Unix
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 # %% ../../nbs/tools/001_runtime.ipynb #68f9b2cd
 def pick_device(device: str = "auto") -> torch.device:

@@ -34,7 +34,7 @@ from tocsr.core.distributed import (
 )
 from .files import StoreError, file_hash, runs_dir, write_json
 from .fingerprint import Untracked, config_hash, source_hash, untracked
-from .runtime import fastest_precision, pick_device, tune_allocator
+from .runtime import fastest_precision, peak_bytes, pick_device, tune_allocator
 from .time_limit import TimeLimitReached, exit_on_sigterm, limit_time, time_left
 
 # %% auto #0
@@ -286,16 +286,6 @@ def machine() -> dict:
     )
 
 
-def _peak_gib() -> float | None:
-    "Peak memory of this process; None on Windows."
-    if sys.platform == "win32":
-        return None
-    import resource  # only on Unix
-
-    scale = 2**20 if sys.platform != "darwin" else 2**30  # ru_maxrss: KiB on Linux, bytes on macOS
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale, 3)
-
-
 def _artifact(path: Path) -> Artifact | None:
     """Read the result at `path`; None if there is none.
 
@@ -317,6 +307,7 @@ def _commit(s: Stage, run: Run, target: Path, *, results: dict, wall: float, pro
     }
     if (run.scratch / "log.txt").exists():
         shutil.copy(run.scratch / "log.txt", run.dir / "log.txt")
+    peak = peak_bytes()
     meta = dict(
         stage=s.name,
         key=target.name,
@@ -331,7 +322,7 @@ def _commit(s: Stage, run: Run, target: Path, *, results: dict, wall: float, pro
         machine=machine(),
         processes=processes,
         wall_s=round(wall, 1),
-        peak_gib=_peak_gib(),
+        peak_gib=peak and round(peak / 2**30, 3),
         finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     )
     write_json(run.dir / "meta.json", meta)

@@ -470,7 +470,7 @@ def every_nth(names: Sequence[str], step: int) -> Sequence[str]:
 
 # %% ../../nbs/tools/200_images.ipynb #8166f82b
 CANDIDATES = 4  # positions per crop
-CACHE_BYTES = 1 << 30  # decoded images kept, least recently used dropped first
+CACHE_BYTES = 2 << 30  # decoded images kept, least recently used dropped first
 MAX_READ_ATTEMPTS = 1_000  # images looked at for one crop before giving up
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 import time
@@ -17,12 +16,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..core.runtime import peak_bytes
 from .pipeline import TOCSRPipeline
 from .tiling import MULTIPLE, OVERLAP, tile_starts, unwrap_compiled
 from ..models.complexity import count_macs, count_params
 
 # %% auto #0
-__all__ = ['ModelInfo', 'model_info', 'tile_difference', 'peak_bytes', 'measure_peak']
+__all__ = ['ModelInfo', 'model_info', 'tile_difference', 'measure_peak']
 
 # %% ../../nbs/tools/403_model_info.ipynb #d87b063b
 @dataclass(frozen=True)
@@ -113,17 +113,6 @@ def tile_difference(
 _CHILD = (
     "import sys; from tocsr.inference.model_info import _report_peak; _report_peak(sys.argv[1])"
 )
-
-
-def peak_bytes() -> int:
-    "The most memory that this process has held."
-    status = Path("/proc/self/status")
-    if status.is_file():
-        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024
-    import resource  # not on Windows
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _report_peak(arguments: str):

@@ -601,7 +601,7 @@ def compare_expansions(
 
 
 def epsilon_config(cfg: TeacherConfig) -> TeacherConfig:
-    "Settings of table S4 in epsilon prediction: loss and steps of the `s4_*` fields."
+    "Settings of table S4 in epsilon prediction: the paper's loss, and the `s4_*` fields."
     return replace(
         cfg,
         prediction="epsilon",
@@ -610,6 +610,8 @@ def epsilon_config(cfg: TeacherConfig) -> TeacherConfig:
         expand_steps=cfg.s4_steps,
         batch=cfg.s4_batch,
         lr=cfg.s4_lr,
+        crop_sides=(),
+        skip_dropout=0.0,
     )
 
 
