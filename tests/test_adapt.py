@@ -1,5 +1,6 @@
 "Training pairs on disk, and the multi-step models: deterministic, resumable, exact with an oracle."
 
+from copy import deepcopy
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,14 @@ from tocsr.core.files import StoreError
 from tocsr.core.image import upsample
 from tocsr.core.store import TrainOptions
 from tocsr.data.images import load_photos
-from tocsr.data.pairs import CHUNK, ChunkedTensors, PairPool, make_pairs, write_chunks
+from tocsr.data.pairs import (
+    CHUNK,
+    ChunkedTensors,
+    PairPool,
+    crop_images,
+    make_pairs,
+    write_chunks,
+)
 from tocsr.models.autoencoder import LatentAutoencoder, fit_pca
 from tocsr.models.diffusion import nano_unet, noise_schedule, predict_epsilon, signal_noise
 from tocsr.models.generator import (
@@ -76,6 +84,32 @@ def test_an_interrupted_pool_is_continued_to_the_same_bytes(
     whole = sorted((tmp_path / "whole").iterdir())
     for a, b in zip(whole, sorted((tmp_path / "killed").iterdir())):
         assert a.read_bytes() == b.read_bytes()
+
+
+def test_crops_of_pairs_show_one_place_in_images_and_latents(pool, vae):
+    g = torch.Generator().manual_seed(0)
+    place = torch.arange(64 * 64).view(1, 1, 64, 64).repeat(6, 1, 1, 1)
+    pair = dict(hr=place, lr=place[..., ::4, ::4], z_h=place[..., ::8, ::8])
+    cropped = crop_images(pair, 3, g)
+    assert torch.equal(cropped["hr"][..., ::4, ::4], cropped["lr"])
+    assert torch.equal(cropped["hr"][..., ::8, ::8], cropped["z_h"])
+    assert len(cropped["z_h"][:, 0, 0, 0].unique()) > 1  # a place of its own for every pair
+    for side in (2, 8):
+        batch = pool.draw(0, 4, g, side=side)
+        assert batch["lr"].shape[-1] == 2 * side and batch["z_l"].shape[-1] == side
+        # a patch PCA sees no further than its patches
+        assert torch.allclose(vae.encode(batch["hr"]), batch["z_h"], atol=5e-3)
+    with pytest.raises(ValueError, match="crops of 9 latents do not fit in pairs of 8 x 8"):
+        pool.draw(0, 4, g, side=9)
+
+
+def test_training_takes_crops_of_several_sides_in_turn(tmp_path, pool, unet):
+    model = SRModel(deepcopy(unet).train(), noise_schedule())
+    shapes = []
+    model.unet.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
+    cfg = AdaptConfig(steps=3, batch=8, crop_sides=(4, 8))
+    train_multistep(model, pool, cfg, TrainOptions(tmp_path, device="cpu"), size=4)
+    assert shapes == [(8, 32, 4, 4), (2, 32, 8, 8), (8, 32, 4, 4)]
 
 
 def test_damaged_and_missing_chunks_are_refused(tmp_path):

@@ -276,6 +276,11 @@ def test_fresh_pairs_are_the_pool_s_and_never_end(tmp_path, vae):
     assert not torch.equal(far.hr[0], far.hr[1])
     in_two_steps = fresh.encode(fresh.images([2, 0]))
     assert all(torch.equal(a, b) for a, b in zip(in_two_steps, new))
+    smaller = [
+        fresh.draw(step, n, None, side=side, stride=4) for step, n, side in ((0, 4, 4), (1, 1, 8))
+    ]
+    assert [tuple(b["hr"].shape) for b in smaller] == [(4, 3, 32, 32), (1, 3, 64, 64)]
+    assert torch.equal(smaller[1]["hr"], fresh.images([4])["hr"])
     same = pool.encode(pool.images([2, 0]))
     assert all(torch.equal(a, b) for a, b in zip(same, old))
 

@@ -1,5 +1,6 @@
 "The two ways through the method: one table of plain fields, and pairs that are new at every step."
 
+from copy import deepcopy
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -206,7 +207,7 @@ def test_training_on_fresh_pairs_is_resumed_exactly(tmp_path, vae, photos, unet)
 
 
 def test_fresh_targets_are_the_teachers_ddim_latents_of_new_noise(tmp_path, vae, photos, unet):
-    teacher = SRModel(unet, noise_schedule("epsilon"))
+    teacher = SRModel(deepcopy(unet), noise_schedule("epsilon"))
     targets = FreshTargets(fresh(vae, photos), teacher, steps=3)
     generator = torch.Generator().manual_seed(5)
     first = targets.draw(0, 2, generator)

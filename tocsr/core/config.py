@@ -338,6 +338,9 @@ class AdaptConfig(Checked):
     # True: every step crops, degrades and encodes new pairs (the paper); False: pairs of a pool
     fresh_pairs: bool = False
     pool: Count = 768  # training pairs, cropped, degraded and encoded once
+    # sides in latents of the crops of a pair, used in turn from step to step; pairs of the pool
+    # have the largest one. (): whole pairs of data.patch pixels (ours)
+    crop_sides: tuple[Count, ...] = ()
     steps: Steps = 400
     batch: Count = 16
     lr: Rate = 1e-3
@@ -708,7 +711,7 @@ def _release() -> Profile:
             base_steps=1_000,
             expand_steps=300,
             joint_steps=200,
-            steps=12_000,
+            steps=9_000,
             batch=16,
             lr=1e-3,
             warmup=200,
@@ -716,8 +719,8 @@ def _release() -> Profile:
             sizes=(1.0, 0.5, 0.25),
             crop_sides=(16, 32),
             skip_dropout=0.4,
-            eval_samples=512,
-            linear_crops=30_000,
+            eval_samples=256,
+            linear_crops=20_000,
         ),
         surrogates=SurrogateConfig(steps=3_000, batch=32, eval_batches=16),
         search=SearchConfig(

@@ -28,7 +28,7 @@ from ..models.diffusion import ddim_sample
 from ..models.generator import SRModel, start_noise
 
 # %% auto #0
-__all__ = ['CHUNK', 'ENCODE_BATCH', 'ChunkedTensors', 'write_chunks', 'Pairs', 'PairPool', 'crop_hr', 'crop_pairs',
+__all__ = ['CHUNK', 'ENCODE_BATCH', 'ChunkedTensors', 'write_chunks', 'Pairs', 'PairPool', 'crop_images', 'crop_hr', 'crop_pairs',
            'encode_in_batches', 'make_pairs', 'FreshPairs', 'fresh_pairs', 'cache_teacher_latents']
 
 # %% ../../nbs/tools/205_pairs.ipynb #d3458d96
@@ -114,9 +114,18 @@ class PairPool(ChunkedTensors):
         "The pairs of these indices as a dictionary; what is prepared by worker processes."
         return self.batch(indices)._asdict()
 
-    def draw(self, step: int, n: int, generator: torch.Generator) -> dict[str, Tensor]:
-        "`images` of `n` random pairs."
-        return self.images(torch.randint(len(self), (n,), generator=generator))
+    def draw(
+        self,
+        step: int,
+        n: int,
+        generator: torch.Generator,
+        *,
+        side: int | None = None,  # of random crops of the pairs, in latents; None: whole pairs
+        stride: int | None = None,  # not used, see `FreshPairs.draw`
+    ) -> dict[str, Tensor]:
+        "`images` of `n` random pairs, or of crops of them."
+        batch = self.images(torch.randint(len(self), (n,), generator=generator))
+        return batch if side is None else crop_images(batch, side, generator)
 
     def encode(self, batch: dict[str, Tensor]) -> Pairs:
         "A batch of `images` as pairs; their latents are stored."
@@ -129,6 +138,41 @@ class PairPool(ChunkedTensors):
     def first(self, count: int) -> Pairs:
         "The first `count` pairs, or all."
         return self.batch(range(min(count, len(self))))
+
+
+def crop_images(
+    batch: dict[str, Tensor],  # as `Pairs`: hr, lr, z_h, z_l
+    side: int,  # in latents
+    generator: torch.Generator,
+) -> dict[str, Tensor]:
+    """Crops at the same random place of all images and latents of a pair.
+
+    Raises `ValueError` where the pairs are smaller, or where the place of a latent is not a whole
+    number of LR pixels.
+    """
+    h, w = batch["z_h"].shape[-2:]
+    if side > min(h, w):
+        raise ValueError(
+            f"crops of {side} latents do not fit in pairs of {h} x {w}; lower adapt.crop_sides"
+        )
+    if batch["lr"].shape[-1] % w:
+        raise ValueError(
+            f"an LR side of {batch['lr'].shape[-1]} pixels is not a multiple of {w} latents; "
+            "set adapt.crop_sides=() for this scale"
+        )
+    n = len(batch["z_h"])
+    tops, lefts = (
+        torch.randint(length - side + 1, (n,), generator=generator).tolist() for length in (h, w)
+    )
+    out = {}
+    for name, tensor in batch.items():
+        k = tensor.shape[-1] // w
+        rows = [
+            x[:, k * top : k * (top + side), k * left : k * (left + side)]
+            for x, top, left in zip(tensor, tops, lefts)
+        ]
+        out[name] = torch.stack(rows)
+    return out
 
 
 def _to_bytes(images: Tensor) -> Tensor:
@@ -283,12 +327,16 @@ class FreshPairs:
         self.scale = scale
         self.seed = seed
 
-    def images(self, indices: Iterable[int]) -> dict[str, Tensor]:
+    def images(
+        self,
+        indices: Iterable[int],
+        patch: int | None = None,  # HR side in pixels; None: as given at the start
+    ) -> dict[str, Tensor]:
         "HR and LR images, on the CPU; what is prepared by worker processes."
         indices = [int(i) for i in indices]
         hr, lr = crop_pairs(
             self.photos,
-            self.patch,
+            patch or self.patch,
             self.vae.factor,
             degradation=self.degradation,
             scale=self.scale,
@@ -298,10 +346,18 @@ class FreshPairs:
         )
         return dict(hr=hr, lr=lr)
 
-    def draw(self, step: int, n: int, generator: torch.Generator) -> dict[str, Tensor]:
+    def draw(
+        self,
+        step: int,
+        n: int,
+        generator: torch.Generator,
+        *,
+        side: int | None = None,  # of the pairs, in latents; None: as given at the start
+        stride: int | None = None,  # pairs of the step that has most; None: `n`, as in every step
+    ) -> dict[str, Tensor]:
         "`images` of the next pairs, those of no other step or process; `generator` is not used."
-        first = (step * world_size() + rank()) * n
-        return self.images(range(first, first + n))
+        first = (step * world_size() + rank()) * (stride or n)
+        return self.images(range(first, first + n), side and side * self.vae.factor)
 
     @torch.no_grad()
     def condition(self, batch: dict[str, Tensor]) -> Tensor:

@@ -50,14 +50,22 @@ def train_multistep(
     pairs: PairPool | FreshPairs,
     cfg: AdaptConfig,
     options: TrainOptions,
+    size: int = 16,  # side in latents of the crops that `cfg.batch` counts
 ) -> list[dict]:  # loss of every step
-    "Algorithm S3: minimize L_SR = E |eps - eps_theta(z_t, t, z_l)|^2 (eq. 21)."
+    """Algorithm S3: minimize L_SR = E |eps - eps_theta(z_t, t, z_l)|^2 (eq. 21).
+
+    With `cfg.crop_sides` crops of the pairs have these sides in turn, and about as many latents
+    per batch as `cfg.batch` crops of side `size`.
+    """
     scheduler = model.scheduler
+    sides = cfg.crop_sides or (None,)
+    counts = [max(1, round(cfg.batch * (size / (side or size)) ** 2)) for side in sides]
 
     def make_batch(step):  # in a worker process, if there are any
         generator = step_generator(options.seed, step)
-        batch = pairs.draw(step, cfg.batch, generator)
-        batch["t"] = uniform_timesteps(cfg.batch, generator, scheduler)
+        n, side = counts[step % len(sides)], sides[step % len(sides)]
+        batch = pairs.draw(step, n, generator, side=side, stride=max(counts))
+        batch["t"] = uniform_timesteps(n, generator, scheduler)
         batch["noise"] = torch.randn(pairs.latent_shape(batch), generator=generator)
         return batch
 
@@ -167,7 +175,7 @@ def _training_pairs(run: Run, vae: LatentAutoencoder) -> PairPool | FreshPairs:
         load_photos(p.data).split("train"),
         p.adapt.pool,
         degradation=p.adapt.degradation,
-        patch=p.data.patch,
+        patch=max(p.adapt.crop_sides, default=0) * vae.factor or p.data.patch,
         scale=p.data.scale,
         seed=p.seed + 1,
         device=str(pick_device(p.device)),
@@ -219,7 +227,7 @@ def run_adapt(run: Run) -> dict:
         )
         run.log(f"{name}: {target}")
         options = _validated(run, name, models[name], vae)
-        curve = train_multistep(models[name], pairs, cfg, options)
+        curve = train_multistep(models[name], pairs, cfg, options, p.data.patch // vae.factor)
         curves[name] = [record["loss"] for record in curve]
         save_sr_model(run.dir / name, models[name])
         seconds[name] = time.perf_counter() - begin

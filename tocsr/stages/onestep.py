@@ -90,11 +90,11 @@ class FreshTargets:
     def __init__(
         self,
         pairs: FreshPairs,
-        teacher: SRModel,  # multi-step
+        teacher: SRModel,  # multi-step; frozen
         steps: int,  # of DDIM
     ):
         self.pairs = pairs
-        self.teacher = teacher._replace(unet=deepcopy(teacher.unet).eval().requires_grad_(False))
+        self.teacher = teacher._replace(unet=teacher.unet.eval().requires_grad_(False))
         self.steps = steps
 
     def draw(self, step: int, n: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -120,6 +120,7 @@ def distill_to_one_step(
     recipe: StudentRecipe,
     options: TrainOptions,
     *,
+    teacher: SRModel | None = None,  # multi-step, frozen; None: a copy of the student's start
     noise_seed: int = 0,  # of the noise that cached targets were sampled from
     extra_losses: ExtraLosses | None = None,  # name -> (function, weight)
 ) -> list[dict]:  # loss and its parts of every step
@@ -128,7 +129,8 @@ def distill_to_one_step(
     if isinstance(targets, ChunkedTensors):
         targets = CachedTargets(pool, targets, noise_seed)
     model = student.model
-    teacher = model._replace(unet=deepcopy(model.unet).to(device).requires_grad_(False).eval())
+    teacher = teacher or model._replace(unet=deepcopy(model.unet))
+    teacher.unet.to(device).requires_grad_(False).eval()
     objective = WeightedLoss(recipe.losses, extra_losses, recipe.bicubic_factor)
     feature_network = FrozenFeatures(str(device)) if objective.needs_features else None
     student.vae.to(device).requires_grad_(False)
@@ -239,6 +241,7 @@ def train_students(
             cfg=cfg,
             recipe=recipe,
             options=replace(run.training(name), validate=validate),
+            teacher=multistep[source],
             noise_seed=noise_seed,
         )
         cost[f"{name}_s"] = time.perf_counter() - begin
@@ -314,7 +317,7 @@ def run_onestep(run: Run) -> dict:
     pool = None
     if cfg.regression or not cfg.fresh_noise:
         pool = load_pair_pool(run.inputs["adapt"])
-    pairs = fresh_pairs(p, deepcopy(vae)) if cfg.fresh_noise else pool
+    pairs = fresh_pairs(p, vae) if cfg.fresh_noise else pool
     students, curves, cost = train_students(run, multistep, vae, pairs)
     net = None
     if cfg.regression:

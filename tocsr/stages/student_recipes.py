@@ -89,7 +89,7 @@ def make_student(
     recipe: StudentRecipe,
 ) -> OneStepGenerator:
     "Make a student from a copy of the multi-step model's weights."
-    unet = deepcopy(model.unet)
+    unet = deepcopy(model.unet).requires_grad_(True)  # the multi-step model may be frozen
     if recipe.tileable:
         z_l = pool.first(STATISTICS_PAIRS).z_l
         noise = torch.randn(z_l.shape, generator=torch.Generator().manual_seed(0))
