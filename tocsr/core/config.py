@@ -711,7 +711,7 @@ def _release() -> Profile:
             base_steps=1_000,
             expand_steps=300,
             joint_steps=200,
-            steps=9_000,
+            steps=6_000,
             batch=16,
             lr=1e-3,
             warmup=200,
