@@ -109,6 +109,15 @@ def test_the_profile_decides_and_statistics_agree(tmp_path, vae, photos):
     assert torch.allclose(plain.maps_of(4)[3], vae.encode(x)[0], atol=2e-3, rtol=1e-3)
 
 
+def test_stored_crops_hold_the_largest_crops_of_training(tmp_path, vae, photos):
+    side = 3 * 64 // vae.factor
+    teacher = dict(crop_sides=(64 // vae.factor, side))
+    p = override(get_profile("smoke"), data=dict(patch=64, latent_crops=2), teacher=teacher)
+    latents = training_latents(vae, photos, p, tmp_path)
+    assert latents.side == side
+    assert latents.crops(1, side, torch.Generator()).shape[-1] == side
+
+
 def test_only_the_held_out_crops_are_encoded(tmp_path, vae, photos, monkeypatch):
     encoded = []
     p = override(get_profile("smoke"), data=dict(latent_crops=200, patch=64))

@@ -184,8 +184,12 @@ def test_the_rehearsal_measures_a_stage_and_estimates_all(tmp_path):
     # one training: the other autoencoder is given
     assert {k: len(v) for k, v in row["seconds"].items()} == dict(both=bench.STEPS)
     assert 0.3 < row["peak_gib"] < 4
-    plan = bench.estimate(bench.make_profile(tmp_path, "cpu", thin=True), log=lambda message: None)
+    profile = bench.make_profile(tmp_path, "cpu", thin=True)
+    plan = bench.estimate(profile, bench.STAGES, log=lambda message: None)
     assert list(plan) == list(bench.STAGES)
+    whole = "[RARA-RARA-RARA-RR]-[RAR]-[RRR-RARARA-RARARA-RARARA]"
+    larger = bench.estimate(profile, ("adapt",), whole, log=lambda message: None)
+    assert larger["adapt"]["steps_s"] > plan["adapt"]["steps_s"]
     assert all(v["peak_gib"] > 0.9 and v["steps_s"] > 0 for v in plan.values())
     result = dict(
         machine=dict(gpu=None, cpu="a CPU", cores=2, threads=1),
@@ -216,12 +220,14 @@ def test_the_rehearsal_writes_after_every_stage_and_continues(tmp_path, monkeypa
         if part in failing:
             return subprocess.CompletedProcess(command, 1)
         profile = bench.make_profile(tmp_path / "work", "cpu", thin=True)
-        if part == "plan":
-            stages = dict.fromkeys(STAGES, dict(peak_gib=3.0, steps_s=4.0))
-            row = dict(key=bench.plan_key(profile), stages=stages)
+        if part in bench.PLANS:
+            stages = dict.fromkeys(bench.PLANS[part], dict(peak_gib=3.0, steps_s=4.0))
+            architecture = "found" if part == "plan_found" else None
+            row = dict(key=bench.plan_key(profile, architecture), stages=stages)
         else:
             row = dict(stage=part, key=keys[part], wall_s=9.0, peak_gib=2.0, commit="abc")
             row["seconds"] = {} if part == "search" else dict(a=[2.0, 1.0])
+            row |= dict(architecture="found") if part == "search" else {}
         (tmp_path / "work" / f"{part}.json").write_text(json.dumps(row))
         return subprocess.CompletedProcess(command, 0)
 
@@ -230,7 +236,7 @@ def test_the_rehearsal_writes_after_every_stage_and_continues(tmp_path, monkeypa
     with pytest.raises(SystemExit, match="adapt failed; the same command continues"):
         bench.main()
     done = ["autoencoder", "teacher", "surrogates", "search", "compact"]
-    assert started == ["plan", *done, "adapt"]
+    assert started == ["plan", *done[:4], "plan_found", "compact", "adapt"]
     assert [row["stage"] for row in json.loads(out.read_text())["rows"]] == done
     text = out.with_suffix(".md").read_text()
     assert "| compact | 2.0 | 3.0 | 1.50 | 2.0 | 4.0 | 2.00 | 9 |" in text

@@ -9,9 +9,11 @@ steps of every training, in a process of its own, so that peaks are separate. On
 device 512 px and bf16. `--thin` tries the whole program at a tenth of the width in some minutes.
 
 The estimates are those of `tocsr plan`: memory from shapes, seconds from single passes of the
-networks that are measured first, in a process of their own. After every stage the results so far
-are printed and written to `--out`. The same command continues after the last finished stage; a
-stage whose code or configuration has changed since is run again, with all later ones.
+networks, which are measured before the stages, in a process of their own. The last stages are
+estimated for the architecture that the search found, once it is known. After every stage the
+results so far are printed and written to `--out`. The same command continues after the last
+finished stage; a stage whose code or configuration has changed since is run again, with all later
+ones.
 """
 
 import argparse
@@ -48,6 +50,8 @@ from tocsr.core.store import Run, machine, run_stage, stage_key  # noqa: E402
 from tocsr.search.fidelity import Fidelity  # noqa: E402
 
 STAGES = ("autoencoder", "teacher", "surrogates", "search", "compact", "adapt", "onestep")
+# stages of each estimate; the second one needs the architecture that the search found
+PLANS = dict(plan=STAGES[:4], plan_found=STAGES[4:])
 STEPS = 4  # of every training; the first one, which allocates memory, is left out of the seconds
 SURROGATES = ("R", "RA")  # the whole library's training needs 32 GiB
 
@@ -147,7 +151,7 @@ def rehearse(stage: str, p: Profile, file: Path):
     watch = Stopwatch(p.device, file.with_suffix(".steps.json"))
     watch.watch()
     start = time.perf_counter()
-    run_stage(stage, p)
+    artifact = run_stage(stage, p)
     if stage_key(stage, p) != key:
         raise SystemExit(f"{stage}: the stopwatch changed the key of the result")
     row = dict(
@@ -158,6 +162,8 @@ def rehearse(stage: str, p: Profile, file: Path):
         key=key,
         commit=commit(),
     )
+    if stage == "search":
+        row["architecture"] = artifact.results["chosen"]["architecture"]
     write_json(file, row)
 
 
@@ -186,17 +192,22 @@ def run_part(args, folder: Path, part: str, key: str) -> dict:
     return row
 
 
-def estimate(p: Profile, log=print) -> dict[str, dict]:
+def estimate(
+    p: Profile,
+    stages: tuple[str, ...],
+    architecture: str | None = None,  # of the compact network; None: the paper's
+    log=print,
+) -> dict[str, dict]:
     """Memory and seconds of the steps that the stopwatch measures, as `tocsr plan` counts them.
 
     Passes are measured on this machine, before the stages and never during them.
     """
-    networks = bare_networks(p, p.unet.checkpoint)
+    networks = bare_networks(p, p.unet.checkpoint, architecture)
     machine = this_machine(p, networks, log)
     machine = replace(machine, processes=1)
     parts = apply_rates(count_parts(p, networks, machine.device), networks, machine.rates)
     found = {}
-    for stage in STAGES:
+    for stage in stages:
         phases = stage_phases(stage, p, parts, networks, machine)
         steps = [f for f in phases if f.trained or stage == "search"]
         memory = plan_stage(stage, phases, p, parts, machine).memory_gib
@@ -227,9 +238,14 @@ def step_seconds(row: dict) -> float:
     )
 
 
-def plan_key(p: Profile) -> str:
+def plan_key(p: Profile, architecture: str | None) -> str:
     "Hash of what the estimates depend on."
-    return config_hash(p, source_hash(estimate))
+    return config_hash(p, source_hash(estimate), architecture)
+
+
+def found_architecture(folder: Path) -> str:
+    "The architecture in the finished search's row."
+    return json.loads((folder / "search.json").read_text())["architecture"]
 
 
 def markdown(result: dict) -> str:
@@ -271,15 +287,17 @@ def main():
     parser.add_argument("--thin", action="store_true", help="a tenth of the width, to test this")
     parser.add_argument("--out", type=Path, help="JSON; a Markdown table is written next to it")
     parser.add_argument(
-        "--part", choices=("plan", *STAGES), help="this part alone, in this process"
+        "--part", choices=(*PLANS, *STAGES), help="this part alone, in this process"
     )
     args = parser.parse_args()
     folder = args.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     p = make_profile(folder, args.device, args.thin)
-    if args.part == "plan":
-        found = estimate(p, partial(print, flush=True))
-        return write_json(folder / "plan.json", dict(key=plan_key(p), stages=found))
+    if args.part in PLANS:
+        architecture = found_architecture(folder) if args.part == "plan_found" else None
+        found = estimate(p, PLANS[args.part], architecture, partial(print, flush=True))
+        row = dict(key=plan_key(p, architecture), stages=found)
+        return write_json(folder / f"{args.part}.json", row)
     if args.part:
         return rehearse(args.part, p, folder / f"{args.part}.json")
     result = dict(
@@ -287,9 +305,13 @@ def main():
         machine=machine(),
         patch=p.data.patch,
         rows=[],
-        plan=run_part(args, folder, "plan", plan_key(p))["stages"],
+        plan=run_part(args, folder, "plan", plan_key(p, None))["stages"],
     )
     for stage in STAGES:
+        if stage not in result["plan"]:
+            result["architecture"] = found_architecture(folder)
+            key = plan_key(p, result["architecture"])
+            result["plan"] |= run_part(args, folder, "plan_found", key)["stages"]
         result["rows"].append(run_part(args, folder, stage, stage_key(stage, p)))
         print(markdown(result), flush=True)
         if args.out:

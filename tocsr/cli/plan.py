@@ -176,10 +176,14 @@ class _Decoder(nn.Module):
         return self.model.decode(z).sample
 
 
-def compact_network(teacher: StagedUNet, library: SurrogateLibrary) -> StagedUNet:
-    "The paper's architecture; for a teacher without four levels, each stage's smallest option."
-    if teacher.levels == 4:
-        return assemble(teacher, library, PAPER_ARCHITECTURE)
+def compact_network(
+    teacher: StagedUNet,
+    library: SurrogateLibrary,
+    architecture: str | Architecture | None = None,  # None: the paper's
+) -> StagedUNet:
+    "The architecture; without one and without four levels, each stage's smallest option."
+    if architecture or teacher.levels == 4:
+        return assemble(teacher, library, architecture or PAPER_ARCHITECTURE)
     smallest = (options[-1] for options in stage_options(teacher, library).values())
     return assemble(teacher, library, Architecture(tuple(smallest)))
 
@@ -222,6 +226,7 @@ class Networks:
 def bare_networks(
     profile: Profile,
     source: str | Path | None = None,  # diffusers folder or hub name of the teacher
+    architecture: str | Architecture | None = None,  # of the compact network; None: the paper's
 ) -> Networks:
     "Networks without weights. Raises `PlanError` for a UNet that cannot be split."
     try:
@@ -241,7 +246,7 @@ def bare_networks(
             features = capture_stage_io(teacher, *inputs)
     return Networks(
         teacher,
-        compact_network(teacher, library),
+        compact_network(teacher, library, architecture),
         library,
         _Encoder(vae),
         _Decoder(vae),
@@ -384,9 +389,10 @@ def apply_rates(parts: dict[str, Part], networks: Networks, rates: Rates) -> dic
         seconds = rates.passes.get(name)
         if seconds is None and name != "features":
             stage = name.split()[0]
-            own = networks.teacher.stages[stage]
-            macs = count_macs(own, *networks.features[stage][0])
-            seconds = tuple(s * part.macs / macs for s in rates.passes[f"teacher {stage}"])
+            kind = "compact" if stage in networks.compact.stages else "teacher"
+            measured = getattr(networks, kind).stages[stage]
+            macs = count_macs(measured, *networks.features[stage][0])
+            seconds = tuple(s * part.macs / macs for s in rates.passes[f"{kind} {stage}"])
         forward_s, training_s = seconds or (0.0, 0.0)
         out[name] = replace(part, forward_s=forward_s, training_s=training_s)
     return out
@@ -854,8 +860,9 @@ def _network_training(
 def _adapt(p: Profile, parts: dict, networks: Networks, m: Machine) -> list[Phase]:
     a = p.adapt
     vae = parts["encoder"].params + parts["decoder"].params
-    on_cpu = m.device == "cpu" and "teacher" in a.variants
-    whole = parts["teacher"].params if on_cpu else 0
+    waiting = 0
+    if m.device == "cpu":  # the networks that the trained ones are copied from
+        waiting = parts["compact"].params + ("teacher" in a.variants) * parts["teacher"].params
     phases = []
     for variant in a.variants:
         net = "teacher" if variant == "teacher" else "compact"
@@ -866,7 +873,7 @@ def _adapt(p: Profile, parts: dict, networks: Networks, m: Machine) -> list[Phas
                 training=((net, 1),),
                 forward=(("encoder", 2),) if a.fresh_pairs else (),
                 trained=parts[net].params,
-                frozen=vae + whole,
+                frozen=vae + waiting,
                 kept=parts[net].kept,
                 kept_once=parts[net].kept_once,
             )
@@ -905,7 +912,7 @@ def _onestep(p: Profile, parts: dict, networks: Networks, m: Machine) -> list[Ph
                 forward=target if paper else (*target, ("compact", 2)),
                 trained=trained,
                 ema=bool(o.ema),
-                frozen=2 * compact.params + vae,
+                frozen=compact.params + 2 * vae,  # the multi-step model; the student's own decoder
                 kept=compact.kept if paper else 2 * compact.kept + decoder.kept,
                 kept_once=compact.kept_once + (0 if paper else decoder.kept_once),
             )

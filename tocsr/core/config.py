@@ -116,7 +116,7 @@ class DataConfig(Checked):
     validation: str = ""
     patch: PixelSide = 128  # HR crop side in pixels (paper scale: 512)
     scale: Count = 4  # super-resolution factor
-    # latent crops of `patch` pixels that are encoded before a UNet is trained, kept in files and
+    # latent crops that are encoded before a UNet is trained, kept in files and
     # shared by all processes; 0: latents of whole photographs, in the memory of every process
     latent_crops: Steps = 0
     val_share: Annotated[float, Between(0, 1)] = (
@@ -696,6 +696,7 @@ def _release() -> Profile:
     return Profile(
         "release",
         mixed_precision="bf16",
+        data=DataConfig(latent_crops=8_192),
         unet=UNetConfig(initialization="identity"),
         autoencoder=AutoencoderConfig(
             start="scratch",

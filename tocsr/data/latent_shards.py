@@ -136,19 +136,24 @@ def training_latents(
     jitter: float = 0.0,
     count: int | None = None,  # crops in files; None: `data.latent_crops`
 ) -> CachedLatents | LatentShards:
-    "Latents to draw from: of `data.latent_crops` crops in files, or of whole photographs."
+    """Latents to draw from: of `data.latent_crops` crops in files, or of whole photographs.
+
+    The crops in files have `data.patch` pixels, or the largest of `teacher.crop_sides` if it is
+    larger.
+    """
     if not p.data.latent_crops:
         return CachedLatents.encode(vae, photos, device=device, sizes=sizes, jitter=jitter)
     seed = p.data.seed + SHARD_SEED
     count = count or p.data.latent_crops
-    settings = (p.data.patch, count, seed, sizes, jitter)
+    side = max(p.data.patch, vae.factor * max(p.teacher.crop_sides, default=0))
+    settings = (side, count, seed, sizes, jitter)
     key = config_hash(_weights_hash(vae), photos.manifest_hash, len(photos), settings)
     return write_latent_shards(
         folder / f"latents-{key[:16]}",
         vae,
         photos,
         count,
-        p.data.patch,
+        side,
         seed=seed,
         device=device,
         sizes=sizes,
