@@ -1,10 +1,13 @@
 "Expansion of the latent space: widened autoencoders, the variants of table S4, the adapter."
 
+import json
+
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 
-from tocsr.core.config import UNetConfig
+from tocsr.core.config import UNetConfig, get_profile, override
+from tocsr.core.store import run_stage
 from tocsr.models.autoencoder import LatentAutoencoder, PatchPCA
 from tocsr.models.complexity import count_params, sd15_unet
 from tocsr.models.diffusion import nano_unet, noise_schedule, null_context
@@ -17,6 +20,7 @@ from tocsr.models.expansion import (
     save_teacher,
     widen_autoencoder,
 )
+from tocsr.stages.expansion import load_teacher
 
 
 def thin_kl(**changes):
@@ -117,3 +121,24 @@ def test_a_teacher_round_trips(tmp_path):
     assert half.unet.conv_in.weight.dtype == torch.float32
     assert unet.conv_in.weight.dtype == torch.float32
     assert (half.unet.conv_in.weight - unet.conv_in.weight).abs().max() < 1e-3
+
+
+def test_a_teacher_is_trained_in_rounds_and_further_from_its_folder(tmp_path):
+    thin = dict(channels=(32,) * 4, heads=(1,) * 4, layers=1, groups=8)
+    short = dict(start="scratch", steps=2, rounds=2, s4_steps=0, eval_samples=2, linear_crops=600)
+    data = dict(patch=64, latent_crops=8)
+    p = override(
+        get_profile("smoke"), ablations=False, data=data, unet=thin, teacher=short, device="cpu"
+    )
+    first = run_stage("teacher", p)
+    weights = load_teacher(first).unet.state_dict()
+    assert all(torch.equal(v, v.half().float()) for v in weights.values())
+    curves = json.loads(first.file("curves.json").read_text())
+    assert len(curves["teacher"]) == 4  # two rounds
+    folder = str(first.path / "teacher")
+    further = run_stage("teacher", override(p, teacher=dict(start=folder, rounds=1)))
+    again = load_teacher(further).unet.state_dict()
+    change = [(again[k] - v).abs().max() for k, v in weights.items()]
+    assert 0 < max(change) < 0.05  # begins where the folder ends
+    with pytest.raises(ValueError, match=r"teacher.start: no folder .*missing"):
+        run_stage("teacher", override(p, teacher=dict(start=str(tmp_path / "missing"))))

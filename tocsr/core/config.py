@@ -199,7 +199,9 @@ def norm_groups(
 class TeacherConfig(Checked):
     "Base UNet in 4 channels, its expansion to 16 (table S4), joint fine-tuning (algorithm S2)."
 
-    start: Start = "bundled"  # as in AutoencoderConfig
+    # "bundled"; "scratch": trained by this stage; or the folder of a teacher (unet/, vae/,
+    # scheduler/), which is trained for further `steps`
+    start: Annotated[str, NotEmpty()] = "bundled"
     # "epsilon" is the paper's; both train the epsilon loss (ours: better conditioned)
     prediction: Annotated[str, OneOf("epsilon", "v_prediction")] = "v_prediction"
     # of timesteps in the loss: "linear" (ours) measures every noise level relative to the linear
@@ -211,6 +213,9 @@ class TeacherConfig(Checked):
     expand_steps: Steps = 40  # each of v1, v2, v3, bridge: equal budgets
     joint_steps: Steps = 20  # UNet and autoencoder together
     steps: Steps = 0  # further steps of the expanded teacher after the joint phase
+    # times that these steps are repeated: each round begins with the weights of the one before,
+    # rounded to 16 bits, and anneals the learning rate again (ours)
+    rounds: Count = 1
     batch: Count = 32
     lr: Rate = 5e-4
     warmup: Steps = 50

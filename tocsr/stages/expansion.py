@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from ..core.config import AutoencoderConfig, Profile
-from ..core.files import save_weights, write_json
+from ..core.files import file_hash, save_weights, write_json
 from ..core.runtime import pick_device
 from ..core.store import Artifact, Run, stage
 from ..core.weights import bundled_hash, bundled_weights
@@ -191,7 +191,12 @@ def _expand(run: Run, train: Photos, val: Photos, device: torch.device):
 
 
 def _teacher_config(p: Profile) -> tuple:
-    hashes = bundled_hash(p.teacher.start, "teacher/unet", "teacher/vae")
+    start = p.teacher.start
+    hashes = bundled_hash(start, "teacher/unet", "teacher/vae")
+    if start not in ("bundled", "scratch"):
+        if not Path(start).is_dir():
+            raise ValueError(f"teacher.start: no folder {start}; or give 'bundled' or 'scratch'")
+        hashes = [file_hash(f) for f in sorted(Path(start).rglob("*.safetensors"))]
     return p.teacher, p.unet, p.autoencoder, p.ablations, hashes
 
 
@@ -205,8 +210,9 @@ def run_teacher(run: Run) -> dict:
     train = photos.split("train")
     val = photos.split("val")
     teacher, rows, curves = _expand(run, train, val, device)
-    if cfg.start == "bundled":
-        teacher = load_teacher_folder(bundled_teacher())
+    if cfg.start != "scratch":
+        bundled = cfg.start == "bundled"
+        teacher = load_teacher_folder(bundled_teacher() if bundled else cfg.start)
     schedule = teacher.schedule
     latents = training_latents(teacher.vae, train, p, run.scratch, device=device)
     generator = torch.Generator().manual_seed(HELD_OUT_SEED)

@@ -233,7 +233,7 @@ def bundled_compact(
 
     None where the profile trains its own networks or the search chose another architecture.
     """
-    if "scratch" in (profile.compact.start, profile.teacher.start):
+    if (profile.compact.start, profile.teacher.start) != ("bundled", "bundled"):
         return None
     net = load_staged_unet(bundled_weights("compact"))
     if str(net.architecture) == architecture:
