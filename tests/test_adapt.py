@@ -16,7 +16,7 @@ from tocsr.data.pairs import (
     CHUNK,
     ChunkedTensors,
     PairPool,
-    crop_images,
+    _crop_images,
     make_pairs,
     write_chunks,
 )
@@ -90,7 +90,7 @@ def test_crops_of_pairs_show_one_place_in_images_and_latents(pool, vae):
     g = torch.Generator().manual_seed(0)
     place = torch.arange(64 * 64).view(1, 1, 64, 64).repeat(6, 1, 1, 1)
     pair = dict(hr=place, lr=place[..., ::4, ::4], z_h=place[..., ::8, ::8])
-    cropped = crop_images(pair, 3, g)
+    cropped = _crop_images(pair, 3, g)
     assert torch.equal(cropped["hr"][..., ::4, ::4], cropped["lr"])
     assert torch.equal(cropped["hr"][..., ::8, ::8], cropped["z_h"])
     assert len(cropped["z_h"][:, 0, 0, 0].unique()) > 1  # a place of its own for every pair

@@ -28,7 +28,7 @@ from ..models.diffusion import ddim_sample
 from ..models.generator import SRModel, start_noise
 
 # %% auto #0
-__all__ = ['CHUNK', 'ENCODE_BATCH', 'ChunkedTensors', 'write_chunks', 'Pairs', 'PairPool', 'crop_images', 'crop_hr', 'crop_pairs',
+__all__ = ['CHUNK', 'ENCODE_BATCH', 'ChunkedTensors', 'write_chunks', 'Pairs', 'PairPool', 'crop_hr', 'crop_pairs',
            'encode_in_batches', 'make_pairs', 'FreshPairs', 'fresh_pairs', 'cache_teacher_latents']
 
 # %% ../../nbs/tools/205_pairs.ipynb #d3458d96
@@ -125,7 +125,7 @@ class PairPool(ChunkedTensors):
     ) -> dict[str, Tensor]:
         "`images` of `n` random pairs, or of crops of them."
         batch = self.images(torch.randint(len(self), (n,), generator=generator))
-        return batch if side is None else crop_images(batch, side, generator)
+        return batch if side is None else _crop_images(batch, side, generator)
 
     def encode(self, batch: dict[str, Tensor]) -> Pairs:
         "A batch of `images` as pairs; their latents are stored."
@@ -140,7 +140,7 @@ class PairPool(ChunkedTensors):
         return self.batch(range(min(count, len(self))))
 
 
-def crop_images(
+def _crop_images(
     batch: dict[str, Tensor],  # as `Pairs`: hr, lr, z_h, z_l
     side: int,  # in latents
     generator: torch.Generator,
