@@ -201,7 +201,9 @@ class TeacherConfig(Checked):
 
     # "bundled"; "scratch": trained by this stage; or the folder of a teacher (unet/, vae/,
     # scheduler/), which is trained for further `steps`
-    start: Annotated[str, NotEmpty()] = "bundled"
+    start: Annotated[
+        str, Matches(r"bundled|scratch|.*[/\\].*", "bundled, scratch, or a path with a slash")
+    ] = "bundled"
     # "epsilon" is the paper's; both train the epsilon loss (ours: better conditioned)
     prediction: Annotated[str, OneOf("epsilon", "v_prediction")] = "v_prediction"
     # of timesteps in the loss: "linear" (ours) measures every noise level relative to the linear
