@@ -116,8 +116,8 @@ class DataConfig(Checked):
     validation: str = ""
     patch: PixelSide = 128  # HR crop side in pixels (paper scale: 512)
     scale: Count = 4  # super-resolution factor
-    # latent crops that are encoded before a UNet is trained, kept in files and
-    # shared by all processes; 0: latents of whole photographs, in the memory of every process
+    # latent crops that are encoded before a UNet is trained, kept in files and shared by all
+    # processes; 0: latents of whole photographs, in the memory of every process
     latent_crops: Steps = 0
     val_share: Annotated[float, Between(0, 1)] = (
         0.2  # share of photographs (never of crops) held out
@@ -749,7 +749,6 @@ def _gpu() -> Profile:
     return override(
         _release(),
         name="gpu",
-        mixed_precision="bf16",
         autoencoder=dict(steps=4_000, decoder_steps=1_000, batch=64),
         teacher=dict(
             base_steps=4_000,
@@ -757,9 +756,7 @@ def _gpu() -> Profile:
             joint_steps=300,
             steps=8_000,
             batch=128,
-            lr=1e-3,
             warmup=300,
-            ema=0.999,
         ),
         surrogates=dict(steps=1_000, batch=64, eval_batches=8),
         compact=dict(steps=4_000, batch=128, ema=0.999),
