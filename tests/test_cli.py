@@ -312,6 +312,7 @@ def test_the_module_and_its_options():
             "doctor",
             "runs",
             "fetch-photos",
+            "publish",
             "readme",
         )
     ]

@@ -1,9 +1,11 @@
-"The photographs behind the bundled weights: fetched, verified, named in the model card."
+"The photographs of profile release: fetched, verified, named in the model card."
 
+import dataclasses
 import hashlib
 import http.server
 import io
 import re
+import tarfile
 import threading
 from pathlib import Path
 
@@ -18,6 +20,16 @@ from tocsr.core.image import ImageError, read_image
 from tocsr.data import release as R
 from tocsr.data.images import EMBEDDED, load_photos
 from tocsr.evaluation.model_card import render_model_card
+
+FREE = (
+    "CC0",
+    "public domain",
+    "Unlicense",
+    "MIT",
+    "BSD-3-Clause",
+    "Apache-2.0",
+    "CDLA-Permissive-1.0",
+)
 
 
 def photo(seed, w=200, h=150):
@@ -91,21 +103,45 @@ def names(folder):
     return sorted(p.name for p in folder.iterdir())
 
 
-def test_the_list_names_57_photographs_without_doubt():
+def test_the_list_names_280_photographs_without_doubt():
     found = R.list_release_photos()
-    assert len(found) == 57 == len({p.git_blob for p in found})
-    assert len({p.name for p in (*found, *EMBEDDED)}) == 57 + len(EMBEDDED)
+    assert len(found) == 280 == len({p.git_blob for p in found})
+    assert len({p.name for p in (*found, *EMBEDDED)}) == 280 + len(EMBEDDED)
     for p in found:
         assert (
             re.fullmatch(r"[0-9a-f]{40}", p.git_blob)
-            and re.fullmatch(r"[\w.-]+/[\w.-]+", p.repository)
+            and re.fullmatch(r"[\w.-]+/[\w.-]+|https://deb.debian.org/.*\.deb", p.repository)
             and re.fullmatch(r"(?!b_)[\w.-]+", p.name)
         )
-        assert (
-            p.evidence
-            and p.credit
-            and (p.license in ("CC0", "public domain") or p.license.startswith("CC BY "))
-        )
+        assert p.evidence and p.credit and (p.license in FREE or p.license.startswith("CC BY "))
+
+
+def make_package(files):
+    "Bytes of a Debian package with these contents."
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode="w:xz") as tar:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    out = b"!<arch>\n"
+    for name, content in (("debian-binary", b"2.0\n1"), ("data.tar.xz", data.getvalue())):
+        out += f"{name:<16}{0:<12}{0:<6}{0:<6}{100644:<8}{len(content):<10}`\n".encode() + content
+        out += b"\n" * (len(content) % 2)
+    return out
+
+
+def test_a_photograph_comes_out_of_a_debian_package(tmp_path):
+    package = tmp_path / "some_1.0_all.deb"
+    package.write_bytes(make_package({"./usr/a.jpg": photo(1), "./usr/b.jpg": photo(2)}))
+    place = package.as_uri()
+    entry = R.RepositoryPhoto("b", place, R.git_blob_hash(photo(2)), "CC0", "copyright", "Zoë")
+    assert R.fetch_original(entry) == photo(2)
+    assert R.photo_origin(entry).startswith(place)
+    lacking = dataclasses.replace(entry, git_blob=R.git_blob_hash(photo(3)))
+    with pytest.raises(FetchError, match="other content") as e:
+        R.fetch_original(lacking)
+    assert "api.github.com" not in str(e.value)
 
 
 def test_the_hash_is_gits():
@@ -308,7 +344,7 @@ def test_the_card_names_every_photograph_author_and_number():
         "(99, 0.01)",
         "Some CPU",
         "f00d",
-        "57 photographs trained",
+        "280 photographs trained",
         "2 were held out",
         "Apache-2.0",
         '{"lr": 0.5}',

@@ -526,13 +526,37 @@ Check = Annotated[
 
 @app.command("fetch-photos", rich_help_panel=PAPER_PANEL)
 def fetch_photos(dest: PhotoFolder):
-    "Download the photographs that the bundled weights were trained on, for profile release."
+    "Download the photographs that profile release trains on."
     from tocsr.data.release import fetch_release_photos
 
     typer.echo(
         f"photographs in {fetch_release_photos(dest)}; train with: tocsr reproduce "
         f"--profile release --data-dir {dest}"
     )
+
+
+PublishFolder = Annotated[Path, typer.Argument(help="Folder to write; it must not exist.")]
+PublishedProfile = Annotated[str, typer.Option(help=f"One of {_PROFILES}.")]
+
+
+@app.command(rich_help_panel=PAPER_PANEL)
+def publish(
+    dest: PublishFolder,
+    profile: PublishedProfile = "release",
+    way: Way = "",
+    ablations: Ablations = None,
+    data_dir: DataFolder = "",
+    parameter: Parameters = None,
+):
+    "Write the weights of a finished run, their records and model card."
+    from tocsr.cli.reproduce import parse_parameter
+    from tocsr.core.config import requested_profile
+    from tocsr.stages.publish import publish_run
+
+    source = str(Path(data_dir).expanduser().resolve()) if data_dir else ""
+    given = _own_fields(dict(map(parse_parameter, parameter or [])), ablations)
+    p = requested_profile(profile, way, source, given.get("overrides"))
+    publish_run(p, dest, log=typer.echo)
 
 
 @app.command(rich_help_panel=PAPER_PANEL)

@@ -719,7 +719,7 @@ def _release() -> Profile:
             base_steps=1_000,
             expand_steps=300,
             joint_steps=200,
-            steps=6_000,
+            steps=12_000,
             batch=16,
             lr=1e-3,
             warmup=200,
@@ -730,7 +730,7 @@ def _release() -> Profile:
             eval_samples=256,
             linear_crops=20_000,
         ),
-        surrogates=SurrogateConfig(steps=3_000, batch=32, eval_batches=16),
+        surrogates=SurrogateConfig(steps=2_000, eval_batches=16),
         search=SearchConfig(
             eps=(0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5),
             iterations=40,

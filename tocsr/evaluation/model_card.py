@@ -85,7 +85,7 @@ def _photo_row(photo: RepositoryPhoto | PackagedPhoto, used_for: str) -> tuple[s
         origin = photo_origin(photo)
         evidence = "the package's documentation"
     else:
-        origin = f"{photo.repository} `{photo.git_blob[:12]}`"
+        origin = f"{photo.repository.rsplit('://')[-1]} `{photo.git_blob[:12]}`"
         evidence = photo.evidence
     return photo.name, used_for, photo.license, photo.credit, origin, evidence
 
@@ -99,6 +99,12 @@ def _format_credits(photos: Sequence[RepositoryPhoto | PackagedPhoto]) -> str:
     return f"Under CC BY, reduced in size: {'; '.join(names)}."
 
 
+def _count_licenses(photos: Sequence[RepositoryPhoto | PackagedPhoto]) -> str:
+    "Photographs per license, the most frequent first."
+    counts = Counter(p.license for p in photos).most_common()
+    return ", ".join(f"{license} ({n})" for license, n in counts)
+
+
 def _format_photos(photos: dict) -> str:
     "The section about training data."
     used = [(_find_photo(n), part) for part in ("train", "val") for n in photos[part]]
@@ -107,8 +113,8 @@ def _format_photos(photos: dict) -> str:
     header = ("photograph", "used for", "license", "credit", "origin", "stated in")
     sections = [
         f"{len(photos['train'])} photographs trained the weights, {len(photos['val'])} were held "
-        "out (split by photograph). Every one is CC0, in the public domain or CC BY; complete git "
-        "blobs are in `tocsr/assets/release_photos.csv`, and "
+        f"out (split by photograph). Licenses: {_count_licenses([p for p, _ in used])}; complete "
+        "git blobs are in `tocsr/assets/release_photos.csv`, and "
         "`tocsr.data.release.fetch_release_photos(folder)` fetches and verifies the originals.",
         photos.get("note"),
         _format_credits([p for p, _ in used]),
@@ -192,13 +198,22 @@ library_name: diffusers
 pipeline_tag: image-to-image
 tags: [super-resolution, diffusion, image-restoration]
 ---"""
-_INTRODUCTION = (
-    "Small models trained for the reproducible companion of TOC-SR (arXiv 2605.02767). They were "
-    "trained step by step with the code of the stages; the steps are listed below. Profile "
-    "`release` is the corresponding single run and has not been run yet. Their license "
-    "is Apache-2.0; the photographs keep their own licenses. Perceptual metrics below come "
-    "from pyiqa, whose license is PolyForm-Noncommercial-1.0.0; using the weights does not need it."
+_ONE_RUN = "They come out of one run of profile `{profile}`; [stages](stages) has its records."
+_STEP_BY_STEP = (
+    "They were trained step by step with the code of the stages; the steps are listed below. "
+    "Profile `release` is the corresponding single run and has not been finished yet."
 )
+
+
+def _introduce(record: dict) -> str:
+    "What the weights are and where they come from."
+    run = _ONE_RUN.format(**record) if "profile" in record else _STEP_BY_STEP
+    return (
+        "Small models trained for the reproducible companion of TOC-SR (arXiv 2605.02767). "
+        f"{run} Their license is Apache-2.0; the photographs keep their own licenses. Perceptual "
+        "metrics below come from pyiqa, whose license is PolyForm-Noncommercial-1.0.0; using the "
+        "weights does not need it."
+    )
 
 
 def _check_record(record: dict):
@@ -225,7 +240,7 @@ def render_model_card(record: dict) -> str:
     weights: list of dict(name (a key of `WEIGHTS_DESCRIPTIONS`), files, params (int or dict),
     steps (int or dict), hours, threads (0: a GPU), config (dict), curve ((step, loss) pairs),
     results (dict)); photos: dict(train, val (file names), manifest_hash, optionally note);
-    joint_steps: int; machine: dict; versions: dict.
+    joint_steps: int; machine: dict; versions: dict; profile: str, if one run made them all.
 
     Raises `ValueError` for missing entries, unknown weights, or a photograph of unknown license.
     """
@@ -238,7 +253,7 @@ def render_model_card(record: dict) -> str:
     sections = (
         _FRONT_MATTER,
         "# Weights of tocsr",
-        _INTRODUCTION,
+        _introduce(record),
         _format_table(("weights", "what"), overview),
         *map(_format_weights, record["weights"]),
         "## Training data",
