@@ -72,7 +72,7 @@ def _count_parameters(folder: Path) -> dict[str, int]:
     names = [f.parent.name if f.parent != folder else "all" for f in files]
     return {n: sum(t.numel() for t in read_weights(f).values()) for n, f in zip(names, files)}
 
-# %% ../../nbs/tools/610_publish.ipynb #2f3cb80f
+# %% ../../nbs/tools/610_publish.ipynb #e9bdcd03
 def _thin(curve: list) -> list[tuple[int, float]]:
     "At most `CURVE_POINTS` of a curve of losses or of records with a loss, as (step, loss)."
     stride = -(-len(curve) // CURVE_POINTS) if curve else 1
@@ -88,7 +88,7 @@ def _curves(a: Artifact) -> dict[str, list]:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def _describe_codec(a: Artifact, channels: int) -> dict:
+def _describe_autoencoder(a: Artifact, channels: int) -> dict:
     "Round trip of held-out photographs, of the autoencoder and of the patch PCA."
     rows = dict(trained=a.results[f"{channels}ch"], pca=a.results[f"teacher_{channels}ch"])
     names = dict(trained="held-out round trip", pca="patch PCA on the same crops")
@@ -128,8 +128,8 @@ def _describe(found: dict[str, Artifact], p: Profile) -> dict[str, dict]:
     "Results by name of the weights."
     compact = found["compact"].results
     return dict(
-        codec4=_describe_codec(found["autoencoder"], 4),
-        codec16=_describe_codec(found["autoencoder"], 16),
+        codec4=_describe_autoencoder(found["autoencoder"], 4),
+        codec16=_describe_autoencoder(found["autoencoder"], 16),
         teacher=_describe_teacher(found["teacher"], p),
         compact={k: compact[k] for k in ("architecture", "ratios")}
         | {f"held out, {k}": compact["held_out"][k] for k in ("teacher", "ours")},
