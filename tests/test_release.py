@@ -139,9 +139,13 @@ def test_a_photograph_comes_out_of_a_debian_package(tmp_path):
     assert R.fetch_original(entry) == photo(2)
     assert R.photo_origin(entry).startswith(place)
     lacking = dataclasses.replace(entry, git_blob=R.git_blob_hash(photo(3)))
-    with pytest.raises(FetchError, match="other content") as e:
+    with pytest.raises(FetchError, match="no file with this content") as e:
         R.fetch_original(lacking)
     assert "api.github.com" not in str(e.value)
+    (tmp_path / "cut.deb").write_bytes(package.read_bytes()[:-40])
+    cut = dataclasses.replace(entry, repository=(tmp_path / "cut.deb").as_uri())
+    with pytest.raises(FetchError, match="damaged package"):
+        R.fetch_original(cut)
 
 
 def test_the_hash_is_gits():

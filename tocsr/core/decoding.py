@@ -90,6 +90,8 @@ class _NoPillowLimit:
     The first thread that enters stores it, and the last one that leaves restores it.
     """
 
+    __untracked__ = True  # its state changes no result: not part of the keys of stages
+
     def __init__(self):
         self._lock = threading.Lock()
         self._count = 0

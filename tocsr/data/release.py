@@ -9,6 +9,7 @@ import csv
 import hashlib
 import http.client
 import io
+import lzma
 import os
 import tarfile
 import tempfile
@@ -90,9 +91,6 @@ def _read_url(url: str, timeout: float) -> bytes:
         return response.read()
 
 
-_read_package = lru_cache(maxsize=1)(_read_url)  # several photographs come from one package
-
-
 def _package_files(package: bytes) -> Iterator[bytes]:
     "Contents of the files of a Debian package: an ar archive in which data.tar.* holds them."
     position = len(b"!<arch>\n")
@@ -100,18 +98,31 @@ def _package_files(package: bytes) -> Iterator[bytes]:
         name, size = package[position : position + 16], package[position + 48 : position + 58]
         start = position + 60  # bytes of a member's header
         end = start + int(size)
+        if end > len(package):
+            raise ValueError("cut off")
         if name.startswith(b"data.tar"):
             with tarfile.open(fileobj=io.BytesIO(package[start:end])) as tar:
                 yield from (tar.extractfile(m).read() for m in tar if m.isfile())
         position = end + end % 2
 
 
+@lru_cache(maxsize=1)  # several photographs come from one package
+def _read_package(url: str, timeout: float) -> dict[str, bytes]:  # by git blob
+    "The files of a Debian package. Raises `OSError` for a damaged one."
+    package = _read_url(url, timeout)
+    try:
+        return {git_blob_hash(f): f for f in _package_files(package)}
+    except (ValueError, EOFError, tarfile.TarError, lzma.LZMAError) as e:
+        raise OSError(f"damaged package ({e})") from e
+
+
 def _read_original(photo: RepositoryPhoto, base_url: str, timeout: float) -> bytes:
-    "The bytes that the photograph's address delivers; empty where a package lacks it."
+    "The bytes at the photograph's address. Raises `OSError` where a package lacks them."
     if photo.repository.endswith(".deb"):
-        package = _read_package(photo.repository, timeout)
-        found = (f for f in _package_files(package) if git_blob_hash(f) == photo.git_blob)
-        return next(found, b"")
+        found = _read_package(photo.repository, timeout)
+        if photo.git_blob not in found:
+            raise OSError("no file with this content in the package")
+        return found[photo.git_blob]
     url = f"{base_url.rstrip('/')}/repos/{photo.repository}/git/blobs/{photo.git_blob}"
     return _read_url(url, timeout)
 

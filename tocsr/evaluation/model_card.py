@@ -16,7 +16,7 @@ from ..data.images import EMBEDDED, PackagedPhoto
 from ..data.release import RepositoryPhoto, list_release_photos, photo_origin
 
 # %% auto #0
-__all__ = ['WEIGHTS_DESCRIPTIONS', 'render_model_card']
+__all__ = ['WEIGHTS_DESCRIPTIONS', 'thin_curve', 'render_model_card']
 
 # %% ../../nbs/tools/517_model_card.ipynb #e007111a
 WEIGHTS_DESCRIPTIONS = dict(
@@ -62,7 +62,7 @@ def _format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]])
 
 
-def _thin_curve(curve: Sequence[tuple], points: int = 10) -> list[tuple]:
+def thin_curve(curve: Sequence[tuple], points: int = 10) -> list[tuple]:
     "At most `points` of a curve, the first and the last among them."
     positions = np.linspace(0, len(curve) - 1, min(points, len(curve)))
     return [curve[i] for i in sorted({round(k) for k in positions})]
@@ -143,9 +143,7 @@ def _format_weights(w: dict) -> str:
         ("steps", _format_counts(w["steps"])),
         ("training time", time),
     ]
-    points = [
-        (_format_number(int(s)), _format_number(float(v))) for s, v in _thin_curve(w["curve"])
-    ]
+    points = [(_format_number(int(s)), _format_number(float(v))) for s, v in thin_curve(w["curve"])]
     curve = ", ".join(f"({s}, {v})" for s, v in points)
     what = WEIGHTS_DESCRIPTIONS[w["name"]]
     results = _format_table(("measure", "value"), _flatten_results(w["results"]))
