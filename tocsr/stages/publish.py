@@ -21,19 +21,18 @@ from ..evaluation.model_card import render_model_card, thin_curve
 from .paper_results import teacher_influence
 
 # %% auto #0
-__all__ = ['FOLDERS', 'RECORDED', 'CURVE_POINTS', 'publish_run']
+__all__ = ['FOLDERS', 'publish_run']
 
-# %% ../../nbs/tools/610_publish.ipynb #c915b06a
-# of each stage: its folders and their places in the published folder
-FOLDERS = dict(
+# %% ../../nbs/tools/610_publish.ipynb #8d32b9f7
+FOLDERS = dict(  # of each stage: its folders and their places in the published folder
     autoencoder={"vae4": "codec4"},
     teacher={"teacher": "teacher"},
     compact={"ours": "compact"},
     adapt={"ours": "adapt"},
     onestep={"ours": "onestep"},
 )
-RECORDED = ("surrogates", "tabular", "search", "compare")  # published as records alone
-CURVE_POINTS = 200  # of each training curve, at most
+_RECORDED = ("surrogates", "tabular", "search", "compare")  # published as records alone
+_CURVE_POINTS = 200  # of each training curve, at most
 
 
 def _find_stages(p: Profile) -> dict[str, Artifact]:
@@ -45,7 +44,7 @@ def _find_stages(p: Profile) -> dict[str, Artifact]:
             f"profile {p.name} does not train all of its weights ({', '.join(given)}); publish a "
             "run that starts from scratch, such as profile release"
         )
-    found = {name: find_result(name, p) for name in (*FOLDERS, *RECORDED)}
+    found = {name: find_result(name, p) for name in (*FOLDERS, *_RECORDED)}
     missing = [name for name in FOLDERS if found[name] is None]
     if missing:
         raise ProfileError(
@@ -72,9 +71,9 @@ def _count_parameters(folder: Path) -> dict[str, int]:
     names = [f.parent.name if f.parent != folder else "all" for f in files]
     return {n: sum(t.numel() for t in read_weights(f).values()) for n, f in zip(names, files)}
 
-# %% ../../nbs/tools/610_publish.ipynb #d2635af9
+# %% ../../nbs/tools/610_publish.ipynb #4168f6d1
 def _curves(a: Artifact) -> dict[str, list[tuple[int, float]]]:
-    "At most `CURVE_POINTS` points (step, loss) of each training of a stage."
+    "At most `_CURVE_POINTS` points (step, loss) of each training of a stage."
     path = a.path / "curves.json"
     # stage adapt has its losses among its results; stage teacher has groups of curves as well
     curves = json.loads(path.read_text()) if path.is_file() else a.results.get("loss", {})
@@ -83,7 +82,7 @@ def _curves(a: Artifact) -> dict[str, list[tuple[int, float]]]:
         if isinstance(curve, list):
             losses = [r["loss"] if isinstance(r, dict) else r for r in curve]
             points = [(i, float(f"{loss:.4g}")) for i, loss in enumerate(losses)]
-            out[name] = thin_curve(points, CURVE_POINTS)
+            out[name] = thin_curve(points, _CURVE_POINTS)
     return out
 
 
