@@ -680,7 +680,7 @@ def _teacher(p: Profile, parts: dict, networks: Networks, m: Machine) -> list[Ph
     waiting = unet.params * (variants + p.ablations) + 2 * vae if m.device == "cpu" else 0
     alone = Phase(
         "UNet",
-        t.base_steps + variants * t.expand_steps + t.rounds * t.steps,
+        t.base_steps + variants * t.expand_steps + t.steps,
         t.batch,
         training=(("teacher", 1),),
         trained=unet.params,

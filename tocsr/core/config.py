@@ -215,9 +215,6 @@ class TeacherConfig(Checked):
     expand_steps: Steps = 40  # each of v1, v2, v3, bridge: equal budgets
     joint_steps: Steps = 20  # UNet and autoencoder together
     steps: Steps = 0  # further steps of the expanded teacher after the joint phase
-    # times that these steps are repeated: each round begins with the weights of the one before,
-    # rounded to 16 bits, and anneals the learning rate again (ours)
-    rounds: Count = 1
     batch: Count = 32
     lr: Rate = 5e-4
     warmup: Steps = 50
@@ -461,6 +458,9 @@ class Profile(Checked):
     accumulation: Count = 1
     # recompute activations in the backward pass: less memory, a third more time
     gradient_checkpointing: bool = False
+    # round trained weights to half precision, in which they are published, when their training
+    # ends: what a run measures, and what its later stages read, are then the published weights
+    half_weights: bool = False
     workers: Steps = 0  # processes that prepare batches
     # steps between validation images of the super-resolution trainings; 0: none
     validate_every: Steps = 0
@@ -703,6 +703,7 @@ def _release() -> Profile:
     return Profile(
         "release",
         mixed_precision="bf16",
+        half_weights=True,
         data=DataConfig(latent_crops=8_192),
         unet=UNetConfig(initialization="identity"),
         autoencoder=AutoencoderConfig(
@@ -719,7 +720,7 @@ def _release() -> Profile:
             base_steps=1_000,
             expand_steps=300,
             joint_steps=200,
-            steps=12_000,
+            steps=10_000,
             batch=16,
             lr=1e-3,
             warmup=200,

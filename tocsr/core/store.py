@@ -74,6 +74,7 @@ class TrainOptions:
     device: str = "auto"
     mixed_precision: str = "no"  # accelerate's "no", "fp16", "bf16"
     accumulation: int = 1  # batches per optimizer step
+    half_weights: bool = False  # final weights are rounded to half precision, kept as float32
     gradient_checkpointing: bool = False  # of models that have `enable_gradient_checkpointing`
     workers: int = 0  # processes that prepare batches
     checkpoint_s: float = 120  # seconds between checkpoints; more where writing one takes long
@@ -117,6 +118,7 @@ class Run:
             device=p.device,
             mixed_precision=p.mixed_precision,
             accumulation=p.accumulation,
+            half_weights=p.half_weights,
             gradient_checkpointing=p.gradient_checkpointing,
             workers=p.workers,
             validate_every=p.validate_every,
@@ -220,7 +222,12 @@ def stage_key(name: str, profile: Profile) -> str:
     s = get_stage(name)
     profile = _with_precision(profile)
     data = (data_hash(profile), asdict(profile.data)) if s.data else None
-    training = (profile.seed, profile.mixed_precision, profile.accumulation)
+    training = (
+        profile.seed,
+        profile.mixed_precision,
+        profile.accumulation,
+        profile.half_weights,
+    )
     upstream = [stage_key(u, profile) for u in s.upstream]
     return config_hash(s.config(profile), source_hash(s.function), data, training, upstream)
 

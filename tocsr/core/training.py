@@ -38,7 +38,7 @@ from .store import TrainOptions
 from .time_limit import TimeLimitReached, time_left
 
 # %% auto #0
-__all__ = ['TrainingError', 'step_generator', 'learning_rate', 'ema_decay', 'adamw', 'fit']
+__all__ = ['TrainingError', 'step_generator', 'learning_rate', 'ema_decay', 'round_to_half', 'adamw', 'fit']
 
 # %% ../../nbs/tools/013_training.ipynb #ce9adf74
 class TrainingError(RuntimeError):
@@ -139,6 +139,15 @@ def _save_finished(
     os.replace(tmp, folder)
     for old in _checkpoints(scratch):
         shutil.rmtree(old)
+
+
+def round_to_half(
+    module: nn.Module,
+    state: dict[str, Tensor],  # of `module`
+) -> dict[str, Tensor]:
+    "Round the parameters in a state dict to half precision; buffers and dtypes stay."
+    own = {k for k, _ in module.named_parameters()}
+    return {k: v.half().to(v.dtype) if k in own else v for k, v in state.items()}
 
 
 def _load_finished(scratch: Path, models: dict[str, nn.Module]):
@@ -449,12 +458,15 @@ class _Training:
         state = self.accelerator.get_state_dict(self.module) if self.originals else None
 
         def save():
+            wholes = self.originals or self.models
             own = {n: m.state_dict() for n, m in self.models.items()}
             if state is not None:  # gathered from the shards
                 own = {
                     n: {k: state[f"models.{n}.{k}"] for k in self.originals[n].state_dict()}
                     for n in own
                 }
+            if self.options.half_weights:
+                own = {n: round_to_half(m, own[n]) for n, m in wholes.items()}
             _save_finished(self.options.scratch, own, inputs, history)
 
         run_on_main(save)
@@ -524,6 +536,7 @@ def fit(
         accumulation=options.accumulation,
         mixed_precision=options.mixed_precision,
         optimizer=getattr(optimizer, "__qualname__", None) if optimizer else None,
+        half_weights=options.half_weights,
     )
     optimizer = optimizer or partial(adamw, weight_decay=weight_decay)
     return _fit(models, loss, recipe, options, optimizer=optimizer, batches=batches)

@@ -64,10 +64,10 @@ from ..models.text_context import ContextError, load_context
 # %% auto #0
 __all__ = ['EMA_MIN_STEPS', 'BRIDGE_PHOTOS', 'JOINT_EMA_MIN_STEPS', 'COMPARED_LAM_VAE', 'vae_loss', 'pca_teacher',
            'make_autoencoder_teacher', 'make_autoencoder_student', 'train_autoencoder', 'train_decoder',
-           'timestep_weights', 'train_unet', 'make_base_unet', 'fit_bridge', 'train_further', 'round_to_half',
-           'joint_batch', 'train_jointly', 'compare_joint_losses', 'held_out_error', 'compare_expansions',
-           'epsilon_config', 'compare_epsilon_expansions', 'fit_linear_denoiser', 'best_linear_denoiser',
-           'evaluate_against_linear', 'sample_latents']
+           'timestep_weights', 'train_unet', 'make_base_unet', 'fit_bridge', 'train_further', 'joint_batch',
+           'train_jointly', 'compare_joint_losses', 'held_out_error', 'compare_expansions', 'epsilon_config',
+           'compare_epsilon_expansions', 'fit_linear_denoiser', 'best_linear_denoiser', 'evaluate_against_linear',
+           'sample_latents']
 
 # %% ../../nbs/tools/606_expansion_training.ipynb #79174557
 def vae_loss(
@@ -397,29 +397,18 @@ def train_further(run: Run, teacher: Teacher, train: Photos) -> list[float]:
         jitter=cfg.jitter,
     )
     weights = timestep_weights(cfg.weighting, teacher.schedule, latents)
-    curve = []
-    for number in range(1, cfg.rounds + 1):
-        curve += train_unet(
-            teacher.unet,
-            latents,
-            teacher.schedule,
-            cfg.steps,
-            cfg,
-            weights=weights,
-            options=run.training("teacher" if number == 1 else f"teacher-{number}"),
-            size=p.data.patch // teacher.vae.factor,
-            seed=p.seed + number,
-        )
-        if cfg.rounds > 1:
-            round_to_half(teacher.unet)
+    curve = train_unet(
+        teacher.unet,
+        latents,
+        teacher.schedule,
+        cfg.steps,
+        cfg,
+        weights=weights,
+        options=run.training("teacher"),
+        size=p.data.patch // teacher.vae.factor,
+        seed=p.seed + 1,
+    )
     return [record["epsilon"] for record in curve]
-
-
-@torch.no_grad()
-def round_to_half(module: nn.Module):
-    "Round the weights to half precision, in which they are published, in place."
-    for parameter in module.parameters():
-        parameter.copy_(parameter.half())
 
 # %% ../../nbs/tools/606_expansion_training.ipynb #b0eae1f5
 JOINT_EMA_MIN_STEPS = 400  # shorter joint phases keep no moving average

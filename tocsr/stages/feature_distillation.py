@@ -20,7 +20,7 @@ from ..core.files import read_weights, save_weights
 from ..core.fingerprint import config_hash
 from ..core.store import TrainOptions
 from ..core.time_limit import TimeLimitReached, time_left
-from ..core.training import TrainingError, adamw, learning_rate
+from ..core.training import TrainingError, adamw, learning_rate, round_to_half
 from ..models.architecture import StageError
 from ..models.complexity import count_params
 from ..models.staged_unet import StagedUNet, capture_stage_io, weights_hash
@@ -146,7 +146,12 @@ def distill_surrogates(
     Resumes from the scratch folder. Raises `TrainingError` naming surrogate and step if a loss is
     not finite, `TimeLimitReached` shortly before a deadline."""
     recipe = dict(
-        steps=steps, lr=lr, warmup=warmup, clip=clip, mixed_precision=options.mixed_precision
+        steps=steps,
+        lr=lr,
+        warmup=warmup,
+        clip=clip,
+        mixed_precision=options.mixed_precision,
+        half_weights=options.half_weights,
     )
     if world_size() == 1:
         return _distill(teacher, library, batch, recipe=recipe, options=options)
@@ -190,6 +195,9 @@ def _distill(
         history.append(losses)
         _report(library, losses, step=step, steps=steps, rate=rate, options=options)
         last = step + 1 == steps
+        if last and options.half_weights:
+            for _, _, m in library:
+                m.load_state_dict(round_to_half(m, m.state_dict()))
         now = time.monotonic()
         stop = not last and time_left() < 2 * (now - began) + SAVE_MARGIN_S
         if last or stop or now - saved > options.checkpoint_s:

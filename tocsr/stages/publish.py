@@ -147,7 +147,7 @@ def _steps(p: Profile) -> dict[str, dict[str, int]]:
             "4-channel base": t.base_steps,
             f"after expansion {t.expansion}": t.expand_steps,
             "together with the autoencoder": t.joint_steps,
-            "further": t.steps * t.rounds,
+            "further": t.steps,
         },
         compact={"surrogates": p.surrogates.steps, "end to end": p.compact.steps},
         adapt={"adaptation": p.adapt.steps},
