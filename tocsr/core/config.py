@@ -702,7 +702,6 @@ def _release_sr() -> dict:
 def _release() -> Profile:
     return Profile(
         "release",
-        mixed_precision="bf16",
         half_weights=True,
         data=DataConfig(latent_crops=8_192),
         unet=UNetConfig(initialization="identity"),
@@ -750,6 +749,7 @@ def _gpu() -> Profile:
     return override(
         _release(),
         name="gpu",
+        mixed_precision="bf16",
         autoencoder=dict(steps=4_000, decoder_steps=1_000, batch=64),
         teacher=dict(
             base_steps=4_000,

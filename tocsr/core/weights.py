@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 from importlib.resources import files
 from pathlib import Path
 
@@ -19,7 +20,15 @@ _FOLDERS = {"codec16": "teacher/vae"}  # the teacher's latents are those of code
 
 
 def _weights_dir() -> Path:
-    "Folder of all bundled weights."
+    """Folder of all bundled weights, or `$TOCSR_WEIGHTS`, a folder that `tocsr publish` wrote.
+
+    Raises `FileNotFoundError` where the variable names no such folder."""
+    if given := os.environ.get("TOCSR_WEIGHTS"):
+        if not (Path(given) / "record.json").is_file():
+            raise FileNotFoundError(
+                f"TOCSR_WEIGHTS={given} has no record.json; name a folder that tocsr publish wrote"
+            )
+        return Path(given)
     return Path(str(files("tocsr"))) / "weights"
 
 
