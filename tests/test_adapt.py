@@ -17,6 +17,7 @@ from tocsr.data.pairs import (
     ChunkedTensors,
     PairPool,
     _crop_images,
+    cache_teacher_latents,
     make_pairs,
     write_chunks,
 )
@@ -101,6 +102,24 @@ def test_crops_of_pairs_show_one_place_in_images_and_latents(pool, vae):
         assert torch.allclose(vae.encode(batch["hr"]), batch["z_h"], atol=5e-3)
     with pytest.raises(ValueError, match="crops of 9 latents do not fit in pairs of 8 x 8"):
         pool.draw(0, 4, g, side=9)
+
+
+def test_a_pool_of_crops_gives_the_same_crop_of_a_pair_in_every_batch(
+    tmp_path, photos, vae, unet, pool
+):
+    make_pairs(tmp_path / "pool", vae, photos, 24, degradation="realesrgan", patch=64, seed=1)
+    crops = PairPool(tmp_path / "pool", side=4)
+    together = crops.batch([5, 3])
+    assert together.z_h.shape[-1] == 4 and together.hr.shape[-1] == 32
+    for k, i in enumerate((5, 3)):
+        alone = crops.batch([i])
+        assert all(torch.equal(a[0], b[k]) for a, b in zip(alone, together))
+    whole = pool.batch([5, 3])
+    assert not torch.equal(whole.z_h[..., :4, :4], together.z_h)  # not all at the corner
+    assert torch.allclose(vae.encode(together.hr), together.z_h, atol=5e-3)
+    teacher = SRModel(unet, noise_schedule())
+    targets = cache_teacher_latents(tmp_path / "targets", teacher, crops, 3, steps=1)
+    assert targets.read("z_0", [2]).shape[-1] == 4
 
 
 def test_training_takes_crops_of_several_sides_in_turn(tmp_path, pool, unet):

@@ -369,6 +369,8 @@ class OneStepConfig(Checked):
     lr: Rate = 5e-4
     teacher_steps: TrainSteps = 10  # DDIM steps of the multi-step teacher's target
     endpoints: Count = 768  # pairs of the pool whose teacher target is computed and cached
+    # side in latents of the crop of each pair of the pool that is trained on; None: whole pairs
+    crop_side: Count | None = None
     # loss -> weight in our variant; other losses as registered in models.losses
     losses: dict[Loss, Weight] = field(default_factory=dict, hash=False)
     train_decoder: bool = True  # the decoder is trained jointly

@@ -28,8 +28,9 @@ from ..models.diffusion import ddim_sample
 from ..models.generator import SRModel, start_noise
 
 # %% auto #0
-__all__ = ['CHUNK', 'ENCODE_BATCH', 'ChunkedTensors', 'write_chunks', 'Pairs', 'PairPool', 'crop_hr', 'crop_pairs',
-           'encode_in_batches', 'make_pairs', 'FreshPairs', 'fresh_pairs', 'cache_teacher_latents']
+__all__ = ['CHUNK', 'ENCODE_BATCH', 'CROP_SEED', 'ChunkedTensors', 'write_chunks', 'Pairs', 'PairPool', 'crop_hr', 'crop_pairs',
+           'encode_in_batches', 'make_pairs', 'FreshPairs', 'adapted_px', 'distilled_px', 'fresh_pairs',
+           'cache_teacher_latents']
 
 # %% ../../nbs/tools/205_pairs.ipynb #d3458d96
 CHUNK = 64  # rows per file
@@ -90,6 +91,7 @@ def write_chunks(
 
 # %% ../../nbs/tools/205_pairs.ipynb #605fbfbd
 _MAX_PAIR_ATTEMPTS = 100  # crops tried for one pair
+CROP_SEED = 4241  # of the places of the crops of a `PairPool`
 
 
 class Pairs(NamedTuple):
@@ -102,13 +104,33 @@ class Pairs(NamedTuple):
 
 
 class PairPool(ChunkedTensors):
-    "Training pairs on disk."
+    "Training pairs on disk, whole or one crop of each."
+
+    def __init__(
+        self,
+        folder: str | Path,
+        side: int | None = None,  # of the crops, in latents; None: whole pairs
+    ):
+        "Open the files. Raises `StoreError` if one is missing or damaged."
+        super().__init__(folder)
+        self.side = side
 
     def batch(self, indices: Iterable[int]) -> Pairs:
-        "The pairs of these indices."
+        "The pairs of these indices; the place of a crop depends on its pair alone."
         indices = [int(i) for i in indices]
-        hr, lr, z_h, z_l = (self.read(key, indices).float() for key in ("hr", "lr", "z_h", "z_l"))
-        return Pairs(hr / 127.5 - 1, lr / 127.5 - 1, z_h, z_l)
+        hr, lr, z_h, z_l = (self.read(key, indices).float() for key in Pairs._fields)
+        pairs = Pairs(hr / 127.5 - 1, lr / 127.5 - 1, z_h, z_l)
+        if self.side is None:
+            return pairs
+        crops = [
+            _crop_images(
+                {name: x[k : k + 1] for name, x in pairs._asdict().items()},
+                self.side,
+                shared_step_generator(CROP_SEED, i),
+            )
+            for k, i in enumerate(indices)
+        ]
+        return Pairs(*(torch.cat([crop[name] for crop in crops]) for name in Pairs._fields))
 
     def images(self, indices: Iterable[int]) -> dict[str, Tensor]:
         "The pairs of these indices as a dictionary; what is prepared by worker processes."
@@ -153,7 +175,8 @@ def _crop_images(
     h, w = batch["z_h"].shape[-2:]
     if side > min(h, w):
         raise ValueError(
-            f"crops of {side} latents do not fit in pairs of {h} x {w}; lower adapt.crop_sides"
+            f"crops of {side} latents do not fit in pairs of {h} x {w}; "
+            "lower adapt.crop_sides or onestep.crop_side"
         )
     if batch["lr"].shape[-1] % w:
         raise ValueError(
@@ -389,13 +412,31 @@ class FreshPairs:
         return self.batch(range(count))
 
 
-def fresh_pairs(p: Profile, vae: LatentAutoencoder) -> FreshPairs:
+def adapted_px(p: Profile, factor: int) -> int | str:
+    "HR side of the crops that the multi-step models are trained on; text where there are several."
+    sides = [side * factor for side in p.adapt.crop_sides]
+    multiple = math.lcm(p.data.scale, factor)
+    sides = sides or [p.data.patch // multiple * multiple]
+    return sides[0] if len(sides) == 1 else ", ".join(map(str, sorted(set(sides))))
+
+
+def distilled_px(p: Profile, factor: int) -> int:
+    "HR side of the crops that the one-step students are trained on."
+    side = p.onestep.crop_side or max(p.adapt.crop_sides, default=0)
+    return side * factor or p.data.patch
+
+
+def fresh_pairs(
+    p: Profile,
+    vae: LatentAutoencoder,
+    patch: int | None = None,  # HR side in pixels; None: that of the profile
+) -> FreshPairs:
     "New pairs of the profile's training photographs, encoded on its device."
     return FreshPairs(
         vae,
         load_photos(p.data).split("train"),
         degradation=p.adapt.degradation,
-        patch=p.data.patch,
+        patch=patch or p.data.patch,
         scale=p.data.scale,
         seed=p.seed + 1,
         device=pick_device(p.device),
@@ -456,7 +497,7 @@ def cache_teacher_latents(
         return teacher.latent(z_0, z_l.to(device)).cpu()
 
     def make_rows(indices):
-        z_l = pool.read("z_l", indices).float()
+        z_l = pool.batch(indices).z_l
         noise = start_noise(z_l.shape[1:], seed, indices)
         latents = [sample(n, c) for n, c in zip(noise.split(ENCODE_BATCH), z_l.split(ENCODE_BATCH))]
         return dict(z_0=torch.cat(latents).half())

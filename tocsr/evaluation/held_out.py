@@ -25,7 +25,7 @@ from ..core.distributed import rank, wait_for_all, world_size
 from ..core.files import read_weights, save_weights
 from ..core.image import to_array, upsample
 from ..core.runtime import pick_device
-from ..data.pairs import HeldOutPairs
+from ..data.pairs import HeldOutPairs, adapted_px, distilled_px
 from tocsr.evaluation.metrics import (
     find_metric,
     find_unavailable,
@@ -53,7 +53,7 @@ class Method:
     steps: int = 0  # network calls
     macs: int = 0  # autoencoder included
     params: int = 0
-    trained_px: int | None = None  # HR side of the training crops
+    trained_px: int | str | None = None  # HR side of the training crops
 
 
 def _bicubic(lr: Tensor, *, indices: list[int], scale: int) -> Tensor:
@@ -106,7 +106,7 @@ def upscale_with_steps(
     *,
     steps: int,  # of DDIM
     side: int,  # HR side on which the cost is counted
-    trained_px: int,
+    trained_px: int | str,
     **call,  # `scale`, `seed` and `device` of `sample_sr`
 ) -> Method:
     "A multi-step model."
@@ -142,14 +142,15 @@ def make_methods(
     "Bicubic, regression, the multi-step models, and the students with and without back-projection."
     device = str(pick_device(p.device))
     call = dict(scale=p.data.scale, seed=p.seed, device=device, side=side)
-    trained = p.data.patch
+    trained = distilled_px(p, vae.factor)
+    adapted = adapted_px(p, vae.factor)
     methods = [upscale_with_bicubic(p.data.scale)]
     if net is not None:
         methods.append(upscale_with_regression(net, side, trained_px=trained, device=device))
     for name, model in multistep.items():
         steps = p.onestep.teacher_steps
         methods.append(
-            upscale_with_steps(name, model, vae, steps=steps, trained_px=trained, **call)
+            upscale_with_steps(name, model, vae, steps=steps, trained_px=adapted, **call)
         )
     for name, generator in students.items():
         methods += upscale_with_student(

@@ -5,7 +5,6 @@
 # %% ../../nbs/04_adapt.ipynb #48b97466
 from __future__ import annotations
 
-import math
 import os
 import time
 from dataclasses import replace
@@ -24,7 +23,14 @@ from ..core.runtime import pick_device
 from ..core.store import Artifact, Run, TrainOptions, stage
 from ..core.training import fit, step_generator
 from ..data.images import load_photos
-from ..data.pairs import FreshPairs, HeldOutPairs, PairPool, fresh_pairs, make_pairs
+from tocsr.data.pairs import (
+    FreshPairs,
+    HeldOutPairs,
+    PairPool,
+    adapted_px,
+    fresh_pairs,
+    make_pairs,
+)
 from ..evaluation.held_out import SHOWN, Measured, make_validation, measure_methods
 from ..evaluation.metrics import summarize_values
 from ..models.autoencoder import LatentAutoencoder
@@ -109,8 +115,7 @@ def evaluate_sampling(
     first = [pairs.pair(i) for i in range(min(SHOWN, len(pairs)))]
     hr = torch.cat([hr for hr, _ in first])
     images = dict(LR=torch.cat([lr for _, lr in first]), bicubic=measured["bicubic"].images)
-    multiple = math.lcm(scale, vae.factor)
-    sizes = dict(trained_px=p.data.patch // multiple * multiple, evaluated_px=hr.shape[-1])
+    sizes = dict(trained_px=adapted_px(p, vae.factor), evaluated_px=hr.shape[-1])
     rows = [dict(model="bicubic", steps=0, start="", **sizes, seconds=None)]
     rows[0] |= dict(trained_px="none") | _means(measured["bicubic"])
     for name, start, steps in settings:
@@ -147,14 +152,17 @@ def load_multistep(
     return load_sr_model(artifact.path / variant)
 
 
-def load_pair_pool(artifact: Artifact) -> PairPool:
+def load_pair_pool(
+    artifact: Artifact,
+    side: int | None = None,  # of a crop of each pair, in latents; None: whole pairs
+) -> PairPool:
     "The training pairs of the stage. Raises `StoreError` where it drew new ones at every step."
     if not artifact.results["pairs"]:
         raise StoreError(
             f"{artifact.path} has no pool of pairs: stage adapt drew new ones at every step; set "
             "adapt.fresh_pairs=False, or onestep.fresh_noise=True"
         )
-    return PairPool(artifact.path / "pool")
+    return PairPool(artifact.path / "pool", side)
 
 
 def _check_variants(names: tuple[str, ...]):

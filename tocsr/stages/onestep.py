@@ -23,6 +23,7 @@ from tocsr.data.pairs import (
     FreshPairs,
     PairPool,
     cache_teacher_latents,
+    distilled_px,
     fresh_pairs,
 )
 from tocsr.evaluation.held_out import (
@@ -316,8 +317,9 @@ def run_onestep(run: Run) -> dict:
     multistep = _multistep_models(run.inputs["adapt"], cfg)
     pool = None
     if cfg.regression or not cfg.fresh_noise:
-        pool = load_pair_pool(run.inputs["adapt"])
-    pairs = fresh_pairs(p, vae) if cfg.fresh_noise else pool
+        pool = load_pair_pool(run.inputs["adapt"], cfg.crop_side)
+    trained_px = distilled_px(p, vae.factor)
+    pairs = fresh_pairs(p, vae, trained_px) if cfg.fresh_noise else pool
     students, curves, cost = train_students(run, multistep, vae, pairs)
     net = None
     if cfg.regression:
@@ -332,7 +334,7 @@ def run_onestep(run: Run) -> dict:
             degradation=p.adapt.degradation,
             loss=name,
             steps=cfg.steps,
-            patch=side,
+            patch=trained_px,
         )
         pipe.save_pretrained(run.dir / name)
     if cfg.compare_bundled:
