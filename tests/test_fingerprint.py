@@ -398,3 +398,35 @@ def test_a_root_without_source_is_refused():
     exec("def f(x): return x", scope)
     with pytest.raises(OSError):
         source_hash(scope["f"])
+
+
+def test_a_new_field_of_settings_changes_only_the_values_that_are_read(package):
+    text = """
+        from dataclasses import dataclass
+        from tocsr.core.validation import Checked
+        @dataclass(frozen=True)
+        class Settings(Checked):
+            steps: int = 3
+        class Plain:
+            steps: int = 3
+        GIVEN = Settings(steps=5)
+        def f(cfg: Settings): return cfg.steps, USED
+    """
+    wider = text.replace(
+        "class Settings(Checked):", "class Settings(Checked):\n            more: int = 4"
+    )
+
+    def keys(used):
+        return [package(main=t.replace("USED", used)) for t in (text, wider)]
+
+    for used in ("0", "isinstance(cfg, Settings)"):
+        before, after = keys(used)
+        assert before == after  # the stage that has such settings declares their values
+    before, after = keys("GIVEN")
+    assert before != after  # a constant's values count
+    before = package(main=text.replace("USED", "Plain.steps"))
+    assert before != package(
+        main=text.replace("USED", "Plain.steps").replace(
+            "Plain:\n            steps: int = 3", "Plain:\n            steps: int = 4"
+        )
+    )

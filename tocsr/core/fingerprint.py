@@ -276,8 +276,11 @@ class _Walk:
     def code(self, value, again: Callable) -> list:
         """Describe a function or class by its syntax; a foreign one by its name.
 
-        The names that it reads are described later, by `part`.
+        The names that it reads are described later, by `part`. Of a class of settings the name
+        alone counts: a stage declares the settings that it reads, and their values are in its key.
         """
+        if isinstance(value, type) and getattr(value, "__settings__", False):
+            return ["settings", value.__qualname__]
         parts = ["code", value.__qualname__]
         if self.ours(value) and isinstance(value, (types.FunctionType, type)):
             try:

@@ -186,6 +186,8 @@ def _annotations(cls: type) -> dict[str, Any]:
 class Checked:
     "Base of a dataclass that checks its fields when it is made; raises `ProfileError`."
 
+    __settings__ = True  # a new field changes no key of a stage that does not read it
+
     def __post_init__(self):
         kinds = _annotations(type(self))
         for f in fields(self):
