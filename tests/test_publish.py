@@ -71,7 +71,7 @@ def test_an_unfinished_run_is_refused(profile, tmp_path):
     other = get_profile("smoke", **{**_scratch(), "seed": 77})
     with pytest.raises(ProfileError, match="stages without a result.*autoencoder"):
         publish_run(other, tmp_path / "w")
-    with pytest.raises(ProfileError, match="autoencoder.start='bundled'.*starts from scratch"):
+    with pytest.raises(ProfileError, match="compact.start='bundled'.*starts from scratch"):
         publish_run(get_profile("smoke"), tmp_path / "w")
     assert not (tmp_path / "w").exists()
     with pytest.raises(StoreError, match="exists"):
@@ -80,3 +80,30 @@ def test_an_unfinished_run_is_refused(profile, tmp_path):
 
 def _scratch():
     return {name: dict(start="scratch") for name in ("autoencoder", "teacher", "compact")}
+
+
+def test_a_run_takes_over_a_published_teacher_with_its_record(published, tmp_path, monkeypatch):
+    monkeypatch.setenv("TOCSR_WEIGHTS", str(published))
+    given = dict(start="bundled")
+    profile = get_profile(
+        "smoke",
+        ablations=False,
+        autoencoder=given,
+        teacher=given,
+        compact=dict(start="scratch"),
+        onestep=dict(compare_bundled=False),
+    )
+    for stage in FOLDERS:
+        run_stage(stage, profile)
+    folder = publish_run(profile, tmp_path / "w")
+    before, after = (json.loads((f / "record.json").read_text()) for f in (published, folder))
+    taken = [w for w in after["weights"] if w["name"] in after["given"]]
+    assert taken == before["weights"][:3] and len(after["weights"]) == 6
+    assert after["hours"]["teacher"] == before["hours"]["teacher"]
+    assert after["hours"]["onestep"] != before["hours"]["onestep"]
+    for file in ("teacher/unet/diffusion_pytorch_model.safetensors", "stages/teacher.json"):
+        assert (folder / file).read_bytes() == (published / file).read_bytes()
+    assert "come from an earlier run of profile `smoke`" in (folder / "README.md").read_text()
+    monkeypatch.setenv("TOCSR_WEIGHTS", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="TOCSR_WEIGHTS=.* has no record.json"):
+        run_stage("teacher", profile)

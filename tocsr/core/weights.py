@@ -13,7 +13,7 @@ from pathlib import Path
 from .files import file_hash
 
 # %% auto #0
-__all__ = ['bundled_weights', 'bundled_record', 'bundled_hash']
+__all__ = ['bundled_weights', 'read_bundle_record', 'bundled_record', 'bundled_hash']
 
 # %% ../../nbs/tools/003_weights.ipynb #91f528c1
 _FOLDERS = {"codec16": "teacher/vae"}  # the teacher's latents are those of codec16
@@ -46,10 +46,14 @@ def bundled_weights(name: str) -> Path:
     return path
 
 
+def read_bundle_record() -> dict:
+    "Return the record of all bundled weights: photographs, machine, versions, each of the weights."
+    return json.loads((_weights_dir() / "record.json").read_text())
+
+
 def bundled_record(name: str) -> dict:
     "Return the record of the bundled weights `name`: steps, hours, results and more."
-    record = json.loads((_weights_dir() / "record.json").read_text())
-    return next(w for w in record["weights"] if w["name"] == name)
+    return next(w for w in read_bundle_record()["weights"] if w["name"] == name)
 
 
 def bundled_hash(start: str, *names: str) -> list[str]:

@@ -197,6 +197,10 @@ pipeline_tag: image-to-image
 tags: [super-resolution, diffusion, image-restoration]
 ---"""
 _ONE_RUN = "They come out of one run of profile `{profile}`; [stages](stages) has its records."
+_TWO_RUNS = (
+    "{given} come from an earlier run of profile `{profile}`, the others from one run that began "
+    "with them; [stages](stages) has the records of both."
+)
 _STEP_BY_STEP = (
     "They were trained step by step with the code of the stages; the steps are listed below. "
     "Profile `release` is the corresponding single run and has not been finished yet."
@@ -205,7 +209,12 @@ _STEP_BY_STEP = (
 
 def _introduce(record: dict) -> str:
     "What the weights are and where they come from."
-    run = _ONE_RUN.format(**record) if "profile" in record else _STEP_BY_STEP
+    run = _STEP_BY_STEP
+    if "profile" in record:
+        given = record.get("given")
+        run = (_TWO_RUNS if given else _ONE_RUN).format(
+            profile=record["profile"], given=", ".join(f"`{n}`" for n in given or ())
+        )
     return (
         "Small models trained for the reproducible companion of TOC-SR (arXiv 2605.02767). "
         f"{run} Their license is Apache-2.0; the photographs keep their own licenses. Perceptual "
@@ -238,7 +247,8 @@ def render_model_card(record: dict) -> str:
     weights: list of dict(name (a key of `WEIGHTS_DESCRIPTIONS`), files, params (int or dict),
     steps (int or dict), hours, threads (0: a GPU), config (dict), curve ((step, loss) pairs),
     results (dict)); photos: dict(train, val (file names), manifest_hash, optionally note);
-    joint_steps: int; machine: dict; versions: dict; profile: str, if one run made them all.
+    joint_steps: int; machine: dict; versions: dict; profile: str, if runs of it made them all;
+    given: names of the weights that its last run took over.
 
     Raises `ValueError` for missing entries, unknown weights, or a photograph of unknown license.
     """

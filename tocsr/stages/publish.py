@@ -16,6 +16,7 @@ import torch
 from ..core.config import Profile, ProfileError
 from ..core.files import StoreError, read_weights, save_weights, write_json
 from ..core.store import Artifact, find_result
+from ..core.weights import bundled_record, bundled_weights, read_bundle_record
 from ..data.images import load_photos
 from ..evaluation.model_card import render_model_card, thin_curve
 from .paper_results import teacher_influence
@@ -35,15 +36,29 @@ _RECORDED = ("surrogates", "tabular", "search", "compare")  # published as recor
 _CURVE_POINTS = 200  # of each training curve, at most
 
 
-def _find_stages(p: Profile) -> dict[str, Artifact]:
-    "The finished stages. Raises `ProfileError` for an unfinished run or one from given weights."
-    sections = dict(autoencoder=p.autoencoder, teacher=p.teacher, compact=p.compact)
-    given = [f"{n}.start={s.start!r}" for n, s in sections.items() if s.start != "scratch"]
-    if given:
+# weights that a run can take over from a published one, and the stages that they come from
+_GIVEN = ("codec4", "codec16", "teacher")
+_TAKEN_STAGES = ("autoencoder", "teacher")
+
+
+def _takes_over(p: Profile) -> bool:
+    """Whether autoencoder and teacher are those of a published folder, `$TOCSR_WEIGHTS`.
+
+    Raises `ProfileError` for a run that takes over other parts."""
+    starts = dict(autoencoder=p.autoencoder.start, teacher=p.teacher.start)
+    given = set(starts.values()) == {"bundled"}
+    others = dict(compact=p.compact.start) | ({} if given else starts)
+    if wrong := [f"{n}.start={s!r}" for n, s in others.items() if s != "scratch"]:
         raise ProfileError(
-            f"profile {p.name} does not train all of its weights ({', '.join(given)}); publish a "
-            "run that starts from scratch, such as profile release"
+            f"profile {p.name} does not train all of its weights ({', '.join(wrong)}); publish a "
+            "run that starts from scratch, such as profile release, or from a published "
+            "autoencoder and teacher (both 'bundled')"
         )
+    return given
+
+
+def _find_stages(p: Profile) -> dict[str, Artifact]:
+    "The finished stages. Raises `ProfileError` for an unfinished run."
     found = {name: find_result(name, p) for name in (*FOLDERS, *_RECORDED)}
     missing = [name for name in FOLDERS if found[name] is None]
     if missing:
@@ -168,7 +183,11 @@ def _weights_entries(found: dict[str, Artifact], p: Profile, dest: Path) -> list
     )
     steps, results = _steps(p), _describe(found, p)
     entries = []
+    given = _GIVEN if _takes_over(p) else ()
     for name, (stage, curve, folder) in parts.items():
+        if name in given:
+            entries.append(bundled_record(name))
+            continue
         a = found[stage]
         path = dest / folder
         files = [str(f.relative_to(dest)) for f in sorted(path.rglob("*.safetensors"))]
@@ -191,7 +210,14 @@ def _weights_entries(found: dict[str, Artifact], p: Profile, dest: Path) -> list
 
 def _write_stage_records(found: dict[str, Artifact], p: Profile, dest: Path):
     "The results, configuration, machine and curves of every stage."
+    given = _TAKEN_STAGES if _takes_over(p) else ()
     for name, a in found.items():
+        if name in given:
+            (dest / "stages").mkdir(exist_ok=True)
+            shutil.copyfile(
+                bundled_weights("stages") / f"{name}.json", dest / f"stages/{name}.json"
+            )
+            continue
         meta = json.loads(json.dumps(a.meta))
         meta["profile"]["data"]["source"] = Path(p.data.source).name  # no path of a machine
         del meta["files"]
@@ -206,12 +232,15 @@ def publish_run(
 ) -> Path:
     """Write the weights of a finished run in half precision, record.json, stages/ and a model card.
 
-    Raises `ProfileError` for a run that is unfinished or starts from given weights, `StoreError`
-    where `dest` exists, and `ValueError` for a photograph without a known license.
+    A run can begin with the autoencoder and teacher of an earlier published run, whose records are
+    taken over. Raises `ProfileError` for a run that is unfinished or takes over other weights,
+    `StoreError` where `dest` exists, and `ValueError` for a photograph without a known license.
     """
     dest = Path(dest).expanduser()
     if dest.exists():
         raise StoreError(f"{dest} exists; choose a folder that does not")
+    given = _takes_over(p)
+    before = read_bundle_record() if given else {}
     found = _find_stages(p)
     photos = load_photos(p.data)
     dest.parent.mkdir(parents=True, exist_ok=True)
@@ -227,9 +256,11 @@ def publish_run(
                 val=[Path(n).stem for n in photos.split("val").names],
                 manifest_hash=photos.manifest_hash,
             ),
-            joint_steps=p.teacher.joint_steps,
+            joint_steps=before.get("joint_steps", p.teacher.joint_steps),
             profile=p.name,
-            hours={name: round(a.meta["wall_s"] / 3600, 3) for name, a in found.items()},
+            given=list(_GIVEN) if given else [],
+            hours={n: round(a.meta["wall_s"] / 3600, 3) for n, a in found.items()}
+            | {n: before["hours"][n] for n in _TAKEN_STAGES if given},
             machine=found["onestep"].meta["machine"],
             versions=found["onestep"].meta["versions"],
         )
