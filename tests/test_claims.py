@@ -243,3 +243,33 @@ def test_table_s4_in_epsilon_prediction_is_compared_with_its_floor(v1, v2, v3, s
     assert set(claims) == {"table_s4.eps.v1", "table_s4.eps.v2", "table_s4.eps.v3"}
     assert {c.status for c in claims.values()} == {status}
     assert claims["table_s4.eps.v1"].paper == 0.7598 and "0.75" in claims["table_s4.eps.v1"].reason
+
+
+def test_many_steps_are_compared_with_one_and_with_bicubic():
+    from tocsr.core.config import get_profile
+
+    p = get_profile("cpu")  # 1, 2, 4 and 10 steps
+
+    def crops(*means):
+        return {"stlpips": [m + d for m in means for d in (-0.01, 0.0, 0.01)]}
+
+    values = {
+        "bicubic": crops(0.4),
+        "ours, 1 step, noise": crops(0.38),
+        "ours, 10 steps, noise": crops(0.32),
+        "paper, 1 step, noise": crops(0.36),
+        "paper, 10 steps, noise": crops(0.39),
+    }
+    results = dict(values=values, training_size=dict(values=values))
+    claims = {c.id: c for c in paper_claims.adapt_claims(results, p)}
+    assert claims["adapt.stlpips_bicubic"].ours == pytest.approx(0.4)
+    assert claims["adapt.ours.stlpips_10"].ours == pytest.approx(0.32)
+    assert claims["adapt.ours.gain_stlpips"].ours == pytest.approx(-0.2)
+    met = {id: c.status for id, c in claims.items() if "gain" in id}
+    assert met["adapt.ours.gain_stlpips"] == met["adapt.ours.gain_steps"] == "met"
+    assert met["adapt.ours.gain_stlpips_training_size"] == "missed"  # 20% of 25
+    assert met["adapt.paper.gain_steps"] == met["adapt.paper.gain_stlpips"] == "missed"
+    without = {m: dict(psnry=[20.0]) for m in values}
+    silent = paper_claims.adapt_claims(dict(values=without, training_size=dict(values=without)), p)
+    assert {c.status for c in silent} == {"not attempted"}
+    assert all("stlpips" in c.reason for c in silent)

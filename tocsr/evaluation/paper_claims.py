@@ -25,7 +25,7 @@ from tocsr.evaluation.claims import (
 )
 from .influence import RELEVANT
 from .methods import RELEASED
-from .metrics import find_metric
+from .metrics import find_metric, summarize_values
 from .reported import reported_value
 from .runner import join_results, load_result, paired_statistic
 from .sr_claims import CLAIM_GROUPS, sr_claims, target_claims
@@ -422,6 +422,7 @@ NOTEBOOKS = dict(
     fwkd="02_surrogates",
     search="03_search",
     compact="03_search",
+    adapt="04_adapt",
     onestep="05_onestep",
     latent="06_ablations",
     size="06_ablations",
@@ -824,6 +825,73 @@ def onestep_claims(results: dict, p: Profile) -> list[Claim]:
         if trained.issuperset(c.methods)
     ]
     return claims + _method_claims(results["rows"], p)
+
+
+def _sampled_methods(p: Profile) -> tuple[int, Callable[[str, int], str]]:
+    "The number of DDIM steps that is compared with one step, and the name of a model's values."
+    steps = 10 if 10 in p.adapt.sample_steps else max(p.adapt.sample_steps)
+    return steps, lambda model, n: f"{model}, {n} step{'s' * (n > 1)}, noise"
+
+
+def _list_adapt_comparisons(p: Profile) -> list[_Comparison]:
+    "Multi-step models against bicubic interpolation at both sizes, and many steps against one."
+    most, name = _sampled_methods(p)
+    common = dict(metric="stlpips", statistic=_relative)
+    comparisons = []
+    for model in ("ours", "paper"):
+        gates = (("gain_stlpips", -0.15, False), ("gain_stlpips_training_size", -0.25, True))
+        for id, maximum, small in gates:
+            comparisons.append(
+                _Comparison(
+                    f"adapt.{model}.{id}",
+                    f"ST-LPIPS of the multi-step model `{model}`, {most} steps, over that of "
+                    "bicubic interpolation, minus 1",
+                    methods=(name(model, most), "bicubic"),
+                    maximum=maximum,
+                    training_size=small,
+                    **common,
+                )
+            )
+        comparisons.append(
+            _Comparison(
+                f"adapt.{model}.gain_steps",
+                f"ST-LPIPS of the multi-step model `{model}`, {most} steps over 1 step, minus 1",
+                methods=(name(model, most), name(model, 1)),
+                maximum=0.0,
+                **common,
+            )
+        )
+    return comparisons
+
+
+def adapt_claims(results: dict, p: Profile) -> list[Claim]:
+    "ST-LPIPS of the multi-step models, from the results of stage `adapt`."
+    values = results["values"]
+    most, name = _sampled_methods(p)
+    shown = dict(stlpips_bicubic=("bicubic interpolation", "bicubic"))
+    for model in ("ours", "paper"):
+        for n in dict.fromkeys((1, most)):
+            text = f"the multi-step model `{model}`, {n} step{'s' * (n > 1)}"
+            shown[f"{model}.stlpips_{n}"] = (text, name(model, n))
+    claims = []
+    for id, (text, method) in shown.items():
+        if method not in values:
+            continue
+        found = values[method].get("stlpips", f"profile {p.name} does not measure stlpips")
+        summary = found if isinstance(found, str) else summarize_values(found)
+        claims.append(
+            nano_claim(
+                f"adapt.{id}",
+                f"ST-LPIPS of {text}, crops of {p.eval.crop} px",
+                profile=p.name,
+                **dict(reason=SMALL) | _mean_and_spread(summary),
+            )
+        )
+    return claims + [
+        _comparison_claim(c, results, p)
+        for c in _list_adapt_comparisons(p)
+        if set(values).issuperset(c.methods)
+    ]
 
 
 _METHOD_IDS = {

@@ -93,25 +93,38 @@ def train_multistep(
     )
 
 # %% ../../nbs/04_adapt.ipynb #612008a2
+STARTS = ("noise", "matched")  # of sampling: the paper's, and ours
+PERCEPTUAL = ("stlpips", "niqe")  # measured where the profile has them, for the paper's start
+
+
 def evaluate_sampling(
     models: dict[str, SRModel],
     vae: LatentAutoencoder,
     p: Profile,
     side: int,  # of the held-out crops, HR pixels
     folder: str | Path,  # of `measure_methods`
-) -> tuple[list[dict], dict[str, Tensor]]:
-    "Rows by model, start and number of DDIM steps; images (<= 4, 3, h, w) of the first crops."
+) -> tuple[list[dict], dict[str, Tensor], dict[str, dict]]:
+    """Rows by model, start and number of DDIM steps, images (<= 4, 3, h, w) of the first crops, and
+    every crop's values by `sampling_name` and metric.
+    """
     pairs = HeldOutPairs(p, side, vae.factor)
     scale = p.data.scale
     device = pick_device(p.device)
     common = dict(scale=scale, seed=p.seed, device=device)
-    settings = list(product(models, ("noise", "matched"), p.adapt.sample_steps))
-    upscalers = {"bicubic": lambda lr, indices: upsample(lr, scale)}
-    for name, start, steps in settings:
-        upscalers[f"{image_label(name, steps)}, {start}"] = partial(
-            sample_sr, models[name], vae, steps=steps, start=start, **common
-        )
-    measured = measure_methods(upscalers, pairs, ("psnry", "ssim"), folder, device=device)
+    settings = list(product(models, STARTS, p.adapt.sample_steps))
+    perceptual = tuple(m for m in PERCEPTUAL if m in p.eval.metrics)
+    measured = {}
+    for start, metrics in zip(STARTS, (("psnry", "ssim", *perceptual), ("psnry", "ssim"))):
+        upscalers = {
+            sampling_name(name, steps, start): partial(
+                sample_sr, models[name], vae, steps=steps, start=start, **common
+            )
+            for name, steps in product(models, p.adapt.sample_steps)
+        }
+        if start == STARTS[0]:
+            upscalers["bicubic"] = lambda lr, indices: upsample(lr, scale)
+        own = Path(folder) / start
+        measured |= measure_methods(upscalers, pairs, metrics, own, device=device)
     first = [pairs.pair(i) for i in range(min(SHOWN, len(pairs)))]
     hr = torch.cat([hr for hr, _ in first])
     images = dict(LR=torch.cat([lr for _, lr in first]), bicubic=measured["bicubic"].images)
@@ -119,12 +132,18 @@ def evaluate_sampling(
     rows = [dict(model="bicubic", steps=0, start="", **sizes, seconds=None)]
     rows[0] |= dict(trained_px="none") | _means(measured["bicubic"])
     for name, start, steps in settings:
-        found = measured[f"{image_label(name, steps)}, {start}"]
+        found = measured[sampling_name(name, steps, start)]
         row = dict(model=name, steps=steps, start=start, **sizes, seconds=found.seconds)
         rows.append(row | _means(found))
         if start == "noise":
             images[image_label(name, steps)] = found.images
-    return rows, images | dict(HR=hr)
+    values = {name: found.values for name, found in measured.items()}
+    return rows, images | dict(HR=hr), values
+
+
+def sampling_name(model: str, steps: int, start: str = STARTS[0]) -> str:
+    "Name of a model's values with this number of DDIM steps from this start."
+    return f"{image_label(model, steps)}, {start}"
 
 
 def _means(measured: Measured) -> dict:
@@ -241,14 +260,18 @@ def run_adapt(run: Run) -> dict:
         seconds[name] = time.perf_counter() - begin
     vae.to("cpu")
     folder = run.scratch / "evaluation"
-    rows, images = evaluate_sampling(models, vae, p, p.eval.crop, folder / "crop")
+    rows, images, values = evaluate_sampling(models, vae, p, p.eval.crop, folder / "crop")
+    small = {}
     if p.data.patch != p.eval.crop:
-        rows = evaluate_sampling(models, vae, p, p.data.patch, folder / "patch")[0] + rows
+        small_rows, _, own = evaluate_sampling(models, vae, p, p.data.patch, folder / "patch")
+        rows = small_rows + rows
+        small = dict(training_size=dict(values=own))
     save_weights(run.dir / "images.safetensors", images)
     if rank() == 0 and not cfg.fresh_pairs:
         os.replace(run.scratch / "pool", run.dir / "pool")  # one pool, written by all processes
-    return dict(
+    return small | dict(
         rows=rows,
+        values=values,
         loss=curves,
         variants=list(cfg.variants),
         degradation=cfg.degradation,

@@ -106,6 +106,7 @@ def collect_claims(
         *paper_claims.teacher_claims(results["teacher"], p),
         *paper_claims.influence_claims(influence, relevant_share, p),
         *paper_claims.compact_claims(results["compact"], p, relevance),
+        *paper_claims.adapt_claims(results["adapt"], p),
         *paper_claims.onestep_claims(results["onestep"], p),
         *paper_claims.ablation_claims(results["ablations"], p),
         *paper_claims.capacity_claims(values, p),
