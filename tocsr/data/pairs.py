@@ -28,7 +28,7 @@ from ..models.diffusion import ddim_sample
 from ..models.generator import SRModel, start_noise
 
 # %% auto #0
-__all__ = ['CHUNK', 'ENCODE_BATCH', 'CROP_SEED', 'ChunkedTensors', 'write_chunks', 'Pairs', 'PairPool', 'crop_hr', 'crop_pairs',
+__all__ = ['CHUNK', 'ENCODE_BATCH', 'ChunkedTensors', 'write_chunks', 'Pairs', 'PairPool', 'crop_hr', 'crop_pairs',
            'encode_in_batches', 'make_pairs', 'FreshPairs', 'adapted_px', 'distilled_px', 'fresh_pairs',
            'cache_teacher_latents']
 
@@ -91,7 +91,7 @@ def write_chunks(
 
 # %% ../../nbs/tools/205_pairs.ipynb #605fbfbd
 _MAX_PAIR_ATTEMPTS = 100  # crops tried for one pair
-CROP_SEED = 4241  # of the places of the crops of a `PairPool`
+_CROP_SEED = 4241  # of the places of the crops of a `PairPool`
 
 
 class Pairs(NamedTuple):
@@ -126,7 +126,7 @@ class PairPool(ChunkedTensors):
             _crop_images(
                 {name: x[k : k + 1] for name, x in pairs._asdict().items()},
                 self.side,
-                shared_step_generator(CROP_SEED, i),
+                shared_step_generator(_CROP_SEED, i),
             )
             for k, i in enumerate(indices)
         ]
