@@ -195,3 +195,11 @@ def test_overhead_is_measured_without_training(nano, teacher):
         claim["spread"][0] <= claim["ours"] <= claim["spread"][1]
         and "2 surrogates" in claim["reason"]
     )
+
+
+def test_trained_surrogates_are_rounded_to_half_precision(nano, teacher, tmp_path):
+    whole, _ = train(teacher, nano, THREE, tmp_path / "a")
+    rounded, _ = train(teacher, nano, THREE, tmp_path / "b", half_weights=True)
+    for (_, _, x), (_, _, y) in zip(whole, rounded, strict=True):
+        for key, value in x.named_parameters():
+            assert torch.equal(y.get_parameter(key), value.half().float()), key

@@ -379,3 +379,29 @@ def test_the_default_optimizer_is_the_papers_adamw():
         optimizer.defaults["betas"] == (0.9, 0.99)
         and optimizer.param_groups[0]["weight_decay"] == 0.1
     )
+
+
+def test_final_parameters_are_rounded_to_half_precision_and_buffers_are_not(tmp_path):
+    def trained(folder, **options):
+        torch.manual_seed(0)
+        net = torch.nn.Linear(3, 2)
+        net.register_buffer("scale", torch.tensor(1 / 3))
+        fit(
+            dict(net=net),
+            lambda step, m: (m["net"].weight * m["net"].scale - 0.1).pow(2).sum(),
+            3,
+            0.1,
+            tmp_path / folder,
+            device="cpu",
+            **options,
+        )
+        return net.state_dict()
+
+    whole, rounded = trained("whole"), trained("rounded", half_weights=True)
+    again = trained("rounded", half_weights=True)  # read from the finished training
+    for name in ("weight", "bias"):
+        assert rounded[name].dtype == torch.float32
+        assert torch.equal(rounded[name], whole[name].half().float())
+    assert not torch.equal(rounded["weight"], whole["weight"])
+    assert torch.equal(rounded["scale"], whole["scale"])
+    assert all(torch.equal(again[k], v) for k, v in rounded.items())

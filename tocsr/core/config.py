@@ -717,7 +717,7 @@ def _release() -> Profile:
             base_steps=1_000,
             expand_steps=300,
             joint_steps=200,
-            steps=10_000,
+            steps=12_000,
             batch=16,
             lr=1e-3,
             warmup=200,
@@ -738,7 +738,7 @@ def _release() -> Profile:
             tabular_source="measured",
             compare_seeds_slow=20,
         ),
-        compact=CompactConfig(start="scratch", steps=4_000, lr=1.5e-3, ema=0.9995),
+        compact=CompactConfig(start="scratch", steps=6_000, lr=1.5e-3, ema=0.9995),
         **_release_sr(),
     )
 

@@ -111,7 +111,7 @@ class PairPool(ChunkedTensors):
         folder: str | Path,
         side: int | None = None,  # of the crops, in latents; None: whole pairs
     ):
-        "Open the files. Raises `StoreError` if one is missing or damaged."
+        "Open the files. Raises `StoreError` if one is missing or truncated."
         super().__init__(folder)
         self.side = side
 

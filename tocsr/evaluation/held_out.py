@@ -99,6 +99,19 @@ def count_cost(generator: OneStepGenerator, side: int, calls: int = 1) -> dict:
     return dict(steps=calls, macs=vae + calls * unet, params=count_params(generator))
 
 
+STARTS = ("noise", "matched")  # of sampling: the paper's, and ours
+
+
+def image_label(model: str, steps: int) -> str:
+    "Key of a multi-step model's images."
+    return f"{model}, {steps} step{'s' * (steps > 1)}"
+
+
+def sampling_name(model: str, steps: int, start: str = STARTS[0]) -> str:
+    "Name of a multi-step model's values with this number of DDIM steps from this start."
+    return f"{image_label(model, steps)}, {start}"
+
+
 def upscale_with_steps(
     name: str,
     model: SRModel,

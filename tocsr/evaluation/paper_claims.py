@@ -23,6 +23,7 @@ from tocsr.evaluation.claims import (
     threshold_status,
     write_claims,
 )
+from .held_out import sampling_name
 from .influence import RELEVANT
 from .methods import RELEASED
 from .metrics import find_metric, summarize_values
@@ -827,15 +828,14 @@ def onestep_claims(results: dict, p: Profile) -> list[Claim]:
     return claims + _method_claims(results["rows"], p)
 
 
-def _sampled_methods(p: Profile) -> tuple[int, Callable[[str, int], str]]:
-    "The number of DDIM steps that is compared with one step, and the name of a model's values."
-    steps = 10 if 10 in p.adapt.sample_steps else max(p.adapt.sample_steps)
-    return steps, lambda model, n: f"{model}, {n} step{'s' * (n > 1)}, noise"
+def _many_steps(p: Profile) -> int:
+    "The number of DDIM steps that is compared with one step."
+    return 10 if 10 in p.adapt.sample_steps else max(p.adapt.sample_steps)
 
 
 def _list_adapt_comparisons(p: Profile) -> list[_Comparison]:
     "Multi-step models against bicubic interpolation at both sizes, and many steps against one."
-    most, name = _sampled_methods(p)
+    most = _many_steps(p)
     common = dict(metric="stlpips", statistic=_relative)
     comparisons = []
     for model in ("ours", "paper"):
@@ -846,7 +846,7 @@ def _list_adapt_comparisons(p: Profile) -> list[_Comparison]:
                     f"adapt.{model}.{id}",
                     f"ST-LPIPS of the multi-step model `{model}`, {most} steps, over that of "
                     "bicubic interpolation, minus 1",
-                    methods=(name(model, most), "bicubic"),
+                    methods=(sampling_name(model, most), "bicubic"),
                     maximum=maximum,
                     training_size=small,
                     **common,
@@ -856,7 +856,7 @@ def _list_adapt_comparisons(p: Profile) -> list[_Comparison]:
             _Comparison(
                 f"adapt.{model}.gain_steps",
                 f"ST-LPIPS of the multi-step model `{model}`, {most} steps over 1 step, minus 1",
-                methods=(name(model, most), name(model, 1)),
+                methods=(sampling_name(model, most), sampling_name(model, 1)),
                 maximum=0.0,
                 **common,
             )
@@ -867,12 +867,12 @@ def _list_adapt_comparisons(p: Profile) -> list[_Comparison]:
 def adapt_claims(results: dict, p: Profile) -> list[Claim]:
     "ST-LPIPS of the multi-step models, from the results of stage `adapt`."
     values = results["values"]
-    most, name = _sampled_methods(p)
+    most = _many_steps(p)
     shown = dict(stlpips_bicubic=("bicubic interpolation", "bicubic"))
     for model in ("ours", "paper"):
         for n in dict.fromkeys((1, most)):
             text = f"the multi-step model `{model}`, {n} step{'s' * (n > 1)}"
-            shown[f"{model}.stlpips_{n}"] = (text, name(model, n))
+            shown[f"{model}.stlpips_{n}"] = (text, sampling_name(model, n))
     claims = []
     for id, (text, method) in shown.items():
         if method not in values:

@@ -31,7 +31,15 @@ from tocsr.data.pairs import (
     fresh_pairs,
     make_pairs,
 )
-from ..evaluation.held_out import SHOWN, Measured, make_validation, measure_methods
+from tocsr.evaluation.held_out import (
+    SHOWN,
+    STARTS,
+    Measured,
+    image_label,
+    make_validation,
+    measure_methods,
+    sampling_name,
+)
 from ..evaluation.metrics import summarize_values
 from ..models.autoencoder import LatentAutoencoder
 from ..models.diffusion import diffusion_loss, uniform_timesteps
@@ -93,7 +101,6 @@ def train_multistep(
     )
 
 # %% ../../nbs/04_adapt.ipynb #612008a2
-STARTS = ("noise", "matched")  # of sampling: the paper's, and ours
 PERCEPTUAL = ("stlpips", "niqe")  # measured where the profile has them, for the paper's start
 
 
@@ -141,19 +148,10 @@ def evaluate_sampling(
     return rows, images | dict(HR=hr), values
 
 
-def sampling_name(model: str, steps: int, start: str = STARTS[0]) -> str:
-    "Name of a model's values with this number of DDIM steps from this start."
-    return f"{image_label(model, steps)}, {start}"
-
-
 def _means(measured: Measured) -> dict:
     "Mean and interval of every metric."
     return {name: summarize_values(values) for name, values in measured.values.items()}
 
-
-def image_label(name: str, steps: int) -> str:
-    "Key of a model's images."
-    return f"{name}, {steps} step{'s' * (steps > 1)}"
 
 # %% ../../nbs/04_adapt.ipynb #505e145b
 # variant -> what it diffuses

@@ -16,7 +16,7 @@ import torch
 from ..core.config import Profile, ProfileError
 from ..core.files import StoreError, read_weights, save_weights, write_json
 from ..core.store import Artifact, find_result
-from ..core.weights import bundled_record, bundled_weights, read_bundle_record
+from ..core.weights import bundled_weights, read_bundle_record
 from ..data.images import load_photos
 from ..evaluation.model_card import render_model_card, thin_curve
 from .paper_results import teacher_influence
@@ -41,8 +41,10 @@ _GIVEN = ("codec4", "codec16", "teacher")
 _TAKEN_STAGES = ("autoencoder", "teacher")
 
 
-def _takes_over(p: Profile) -> bool:
-    """Whether autoencoder and teacher are those of a published folder, `$TOCSR_WEIGHTS`.
+def _taken_over(p: Profile) -> dict:
+    """The record of the bundled weights where the run began with their autoencoder and teacher.
+
+    {} for a run from scratch.
 
     Raises `ProfileError` for a run that takes over other parts."""
     starts = dict(autoencoder=p.autoencoder.start, teacher=p.teacher.start)
@@ -54,7 +56,7 @@ def _takes_over(p: Profile) -> bool:
             "run that starts from scratch, such as profile release, or from a published "
             "autoencoder and teacher (both 'bundled')"
         )
-    return given
+    return read_bundle_record() if given else {}
 
 
 def _find_stages(p: Profile) -> dict[str, Artifact]:
@@ -170,7 +172,12 @@ def _steps(p: Profile) -> dict[str, dict[str, int]]:
     )
 
 # %% ../../nbs/tools/610_publish.ipynb #5ade49a7
-def _weights_entries(found: dict[str, Artifact], p: Profile, dest: Path) -> list[dict]:
+def _weights_entries(
+    found: dict[str, Artifact],
+    p: Profile,
+    dest: Path,
+    before: dict,  # of `_taken_over`
+) -> list[dict]:
     "The record's entry of each set of weights."
     # name: stage, curve, folder in `dest`, section of the profile
     parts = dict(
@@ -183,10 +190,10 @@ def _weights_entries(found: dict[str, Artifact], p: Profile, dest: Path) -> list
     )
     steps, results = _steps(p), _describe(found, p)
     entries = []
-    given = _GIVEN if _takes_over(p) else ()
+    given = {w["name"]: w for w in before.get("weights", ()) if w["name"] in _GIVEN}
     for name, (stage, curve, folder) in parts.items():
         if name in given:
-            entries.append(bundled_record(name))
+            entries.append(given[name])
             continue
         a = found[stage]
         path = dest / folder
@@ -208,12 +215,16 @@ def _weights_entries(found: dict[str, Artifact], p: Profile, dest: Path) -> list
     return entries
 
 
-def _write_stage_records(found: dict[str, Artifact], p: Profile, dest: Path):
+def _write_stage_records(
+    found: dict[str, Artifact],
+    p: Profile,
+    dest: Path,
+    before: dict,  # of `_taken_over`
+):
     "The results, configuration, machine and curves of every stage."
-    given = _TAKEN_STAGES if _takes_over(p) else ()
+    (dest / "stages").mkdir()
     for name, a in found.items():
-        if name in given:
-            (dest / "stages").mkdir(exist_ok=True)
+        if before and name in _TAKEN_STAGES:
             shutil.copyfile(
                 bundled_weights("stages") / f"{name}.json", dest / f"stages/{name}.json"
             )
@@ -239,8 +250,7 @@ def publish_run(
     dest = Path(dest).expanduser()
     if dest.exists():
         raise StoreError(f"{dest} exists; choose a folder that does not")
-    given = _takes_over(p)
-    before = read_bundle_record() if given else {}
+    before = _taken_over(p)
     found = _find_stages(p)
     photos = load_photos(p.data)
     dest.parent.mkdir(parents=True, exist_ok=True)
@@ -250,7 +260,7 @@ def publish_run(
             for source, target in folders.items():
                 _copy_half(found[stage].path / source, work / target)
         record = dict(
-            weights=_weights_entries(found, p, work),
+            weights=_weights_entries(found, p, work, before),
             photos=dict(
                 train=[Path(n).stem for n in photos.split("train").names],
                 val=[Path(n).stem for n in photos.split("val").names],
@@ -258,14 +268,14 @@ def publish_run(
             ),
             joint_steps=before.get("joint_steps", p.teacher.joint_steps),
             profile=p.name,
-            given=list(_GIVEN) if given else [],
+            given=list(_GIVEN) if before else [],
             hours={n: round(a.meta["wall_s"] / 3600, 3) for n, a in found.items()}
-            | {n: before["hours"][n] for n in _TAKEN_STAGES if given},
+            | {n: before["hours"][n] for n in _TAKEN_STAGES if before},
             machine=found["onestep"].meta["machine"],
             versions=found["onestep"].meta["versions"],
         )
         write_json(work / "record.json", record)
-        _write_stage_records(found, p, work)
+        _write_stage_records(found, p, work, before)
         (work / "README.md").write_text(render_model_card(record))
         work.rename(dest)
     log(f"{dest}: weights, record and model card of profile {p.name}")
