@@ -228,10 +228,10 @@ def model_folder(source: str | Path | None, revision: str | None = None) -> Path
     if source is None:
         try:
             return bundled_weights("onestep")
-        except FileNotFoundError:
+        except FileNotFoundError as e:
             raise StoreError(
-                "this installation has no bundled one-step weights; name a model folder (--model), "
-                "such as runs/onestep/KEY/ours of `tocsr reproduce`"
+                f"{e}, or name a model folder (--model), such as runs/onestep/KEY/ours of "
+                "`tocsr reproduce`"
             ) from None
     if Path(source).is_dir():
         return Path(source)

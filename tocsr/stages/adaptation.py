@@ -152,7 +152,6 @@ def _means(measured: Measured) -> dict:
     "Mean and interval of every metric."
     return {name: summarize_values(values) for name, values in measured.values.items()}
 
-
 # %% ../../nbs/04_adapt.ipynb #505e145b
 # variant -> what it diffuses
 SR_VARIANTS = dict(ours="residual", paper="latent", teacher="residual")
