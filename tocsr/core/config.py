@@ -983,7 +983,7 @@ WAY_TABLE: tuple[WayField, ...] = (
     WayField(
         "adapt.variants",
         paper=("paper",),
-        ours=("ours", "paper", "teacher"),
+        ours=BY_PROFILE,
         reason="the residual needs fewer steps at equal budgets (notebook 04)",
     ),
     WayField(
