@@ -658,11 +658,11 @@ def _release_sr() -> dict:
             variants=("ours", "paper"),
             pool=1_024,
             crop_sides=(16, 32, 64),
-            lr=5e-4,
-            steps=12_000,
+            lr=1e-3,
+            steps=4_000,
             batch=32,
-            ema=0.9995,
-            sample_steps=(1, 10, 50),
+            ema=0.999,
+            sample_steps=(1, 4, 10),
         ),
         onestep=OneStepConfig(
             compare_bundled=False,
@@ -738,7 +738,7 @@ def _release() -> Profile:
             tabular_source="measured",
             compare_seeds_slow=20,
         ),
-        compact=CompactConfig(start="scratch", steps=6_000, lr=1.5e-3, ema=0.9995),
+        compact=CompactConfig(start="scratch", steps=3_000, lr=1.5e-3, ema=0.9995),
         **_release_sr(),
     )
 
