@@ -1,13 +1,22 @@
 "The weights of a finished run as a folder: complete, in half precision, with their records."
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
-from tocsr.core.config import ProfileError, get_profile
+from tocsr.core.config import ProfileError, get_profile, override
 from tocsr.core.files import StoreError, read_weights
 from tocsr.core.store import run_stage
+from tocsr.evaluation.findings import list_release_findings
+from tocsr.evaluation.release_run import (
+    gates_table,
+    read_release,
+    release_claims,
+    release_evidence,
+    with_release_run,
+)
 from tocsr.inference.pipeline import TOCSRPipeline
 from tocsr.models.autoencoder import load_autoencoder
 from tocsr.models.expansion import load_teacher_folder
@@ -30,9 +39,11 @@ def profile():
 
 @pytest.fixture(scope="module")
 def run(profile, tmp_path_factory):
-    "The folder and the results of the stages."
-    found = {stage: run_stage(stage, profile).results for stage in FOLDERS}
-    return publish_run(profile, tmp_path_factory.mktemp("published") / "weights"), found
+    "The folder, the results of the stages, and the run store."
+    found = {stage: run_stage(stage, profile) for stage in FOLDERS}
+    folder = publish_run(profile, tmp_path_factory.mktemp("published") / "weights")
+    results = {stage: a.results for stage, a in found.items()}
+    return folder, results, found["teacher"].path.parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +87,73 @@ def test_an_unfinished_run_is_refused(profile, tmp_path):
     assert not (tmp_path / "w").exists()
     with pytest.raises(StoreError, match="exists"):
         publish_run(profile, tmp_path)
+
+
+def test_what_is_finished_of_a_run_can_be_published(profile, run, tmp_path, monkeypatch):
+    monkeypatch.setenv("TOCSR_RUNS", str(run[2]))
+    other = override(profile, onestep=dict(steps=profile.onestep.steps + 1))
+    with pytest.raises(ProfileError, match="onestep; compute.*--partial"):
+        publish_run(other, tmp_path / "w")
+    folder = publish_run(other, tmp_path / "w", partial=True)
+    record = json.loads((folder / "record.json").read_text())
+    assert record["missing"] == ["onestep"] and not (folder / "onestep").exists()
+    assert {w["name"] for w in record["weights"]} >= {"teacher", "compact", "adapt"}
+    assert "unfinished: onestep has not been computed" in (folder / "README.md").read_text()
+    with pytest.raises(ProfileError, match="stages without a result"):
+        publish_run(override(profile, seed=78), tmp_path / "none", partial=True)
+
+
+def test_curves_are_means_of_steps_that_follow_each_other(published, run):
+    points = json.loads((published / "stages/adapt.json").read_text())["curves"]["ours"]
+    losses = run[1]["adapt"]["loss"]["ours"]
+    assert points[-1][0] == len(losses) - 1
+    assert points[0][1] == pytest.approx(losses[0], rel=1e-3)
+
+
+def test_records_become_claims_and_gates(published, run):
+    release = read_release(published)
+    found = run[1]
+    assert release.profile.name == "smoke" and set(release.results) >= set(FOLDERS)
+    assert release.hours["teacher"] > 0
+    claims = {c.id: c for c in release_claims(release)}
+    assert all(id.startswith("release.") for id in claims)
+    assert claims["release.compact.kept_advantage"].status == "not attempted"  # after few steps
+    ratio = claims["release.teacher.mean_gate"]
+    assert ratio.ours == found["teacher"]["ratio"]["mean"]
+    assert ratio.status == ("met" if ratio.ours <= 0.65 else "missed")
+    rows = gates_table(list(claims.values()))
+    assert {r["stage"] for r in rows} >= {"vae", "teacher", "compact", "run"}
+    assert all(r["status"] in ("**met**", "**missed**") and r["wanted"] for r in rows)
+
+
+@pytest.mark.parametrize("kept, status", [(0.85, "missed"), (0.95, "met")])
+def test_the_kept_advantage_has_an_interval_and_a_gate(published, kept, status):
+    release = read_release(published)
+    compact = release.results["compact"]
+    rows = dict(teacher=dict(ratio=0.6), ours=dict(ratio=0.66, kept=kept, excess_se=0.01))
+    results = release.results | dict(compact=compact | dict(held_out=rows))
+    claims = {c.id: c for c in release_claims(replace(release, results=results))}
+    claim = claims["release.compact.kept_advantage"]
+    assert claim.ours == kept and claim.status == status
+    assert claim.spread == pytest.approx((kept - 0.049, kept + 0.049))
+
+
+def test_findings_of_the_release_run_replace_those_of_short_ones(published):
+    release = read_release(published)
+    own = {f.id: f for f in list_release_findings(release_evidence(release))}
+    short = [replace(f, note="short") for f in own.values()]
+    other = replace(short[0], id="another")
+    assert with_release_run([*short, other], release) == [*own.values(), other]
+    assert with_release_run(short, None) == short
+    ids = {c.id for c in release_claims(release)}
+    assert {m.claim for f in own.values() for m in f.measurements if m.claim} <= ids
+
+
+def test_a_folder_without_records_is_named(tmp_path, monkeypatch):
+    with pytest.raises(StoreError, match="record.json"):
+        read_release(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert read_release() is None
 
 
 def _scratch():

@@ -537,6 +537,7 @@ def fetch_photos(dest: PhotoFolder):
 
 PublishFolder = Annotated[Path, typer.Argument(help="Folder to write; it must not exist.")]
 PublishedProfile = Annotated[str, typer.Option(help=f"One of {_PROFILES}.")]
+Partial = Annotated[bool, typer.Option("--partial", help="Publish the finished stages alone.")]
 
 
 @app.command(rich_help_panel=PAPER_PANEL)
@@ -546,6 +547,7 @@ def publish(
     way: Way = "",
     ablations: Ablations = None,
     data_dir: DataFolder = "",
+    partial: Partial = False,
     parameter: Parameters = None,
 ):
     "Write the weights of a finished run, their records and model card."
@@ -556,7 +558,7 @@ def publish(
     source = str(Path(data_dir).expanduser().resolve()) if data_dir else ""
     given = _own_fields(dict(map(parse_parameter, parameter or [])), ablations)
     p = requested_profile(profile, way, source, given.get("overrides"))
-    publish_run(p, dest, log=typer.echo)
+    publish_run(p, dest, log=typer.echo, partial=partial)
 
 
 @app.command(rich_help_panel=PAPER_PANEL)

@@ -27,9 +27,9 @@ from .runner import paired_statistic
 from ..models.architecture import REMOVED, Architecture, deepest_stages, stage_names
 
 # %% auto #0
-__all__ = ['CONFIRMS', 'CONTRADICTS', 'NOT_TESTED', 'VERDICTS', 'FLAT', 'DEMONSTRATIONS', 'FindingError', 'Measurement',
-           'Requirement', 'Finding', 'loss_decrease', 'flat_curves', 'Evidence', 'list_findings', 'count_verdicts',
-           'findings_table', 'write_findings', 'read_findings', 'find_drift']
+__all__ = ['CONFIRMS', 'CONTRADICTS', 'NOT_TESTED', 'VERDICTS', 'FLAT', 'DEMONSTRATIONS', 'RELEASE', 'FindingError',
+           'Measurement', 'Requirement', 'Finding', 'loss_decrease', 'flat_curves', 'Evidence', 'list_findings',
+           'list_release_findings', 'count_verdicts', 'findings_table', 'write_findings', 'read_findings', 'find_drift']
 
 # %% ../../nbs/tools/523_findings.ipynb #cf3be9c2
 CONFIRMS = "confirms"
@@ -199,6 +199,7 @@ def flat_curves(
 
 # %% ../../nbs/tools/523_findings.ipynb #0568d4d5
 DEMONSTRATIONS = ("smoke", "cpu")  # profiles whose trainings are short
+RELEASE = "release"  # the profile of the long run
 
 
 def _is_better(values: dict[str, dict], metric: str, method: str, other: str) -> bool:
@@ -227,11 +228,10 @@ class Evidence:
     def scale(self, training: str = "") -> str:
         "Where numbers come from: the width of the UNet, and how it was trained."
         scale = f"{profile_scale(self.profile)} scale"
-        if not training:
-            return scale
-        if self.profile.name in DEMONSTRATIONS:
-            training = f"short demonstration (profile {self.profile.name}): {training}"
-        return f"{scale}; {training}"
+        run = "release run" if self.profile.name == RELEASE else ""
+        if training and self.profile.name in DEMONSTRATIONS:
+            run = f"short demonstration (profile {self.profile.name})"
+        return "; ".join(filter(None, (scale, ": ".join(filter(None, (run, training))))))
 
     def claimed(
         self,
@@ -253,7 +253,7 @@ class Evidence:
         limits = dict(minimum=minimum, maximum=maximum)
         return (
             Measurement(
-                text=text, value=c.ours, low=low, high=high, unit=c.unit, claim=id, **limits
+                text=text, value=c.ours, low=low, high=high, unit=c.unit, claim=c.id, **limits
             ),
         )
 
@@ -438,7 +438,7 @@ def _kept_stages(e: Evidence) -> Requirement:
 
 
 def _search_scale(e: Evidence) -> str:
-    return e.scale(f"one search, surrogates after {e.profile.surrogates.steps} steps")
+    return e.scale(f"one search, surrogates after {e.profile.surrogates.steps:,} steps")
 
 
 def _removable_levels(e: Evidence) -> Finding:
@@ -471,9 +471,11 @@ def _retained(e: Evidence) -> Finding:
         found=f"{e.relevant_share:.0%} of them",
         met=e.relevant_share > 0.5,
     )
-    study = e.results["compact_study"]
+    study, curves = e.results.get("compact_study"), e.curves.get("compact_study", {})
+    if study is None:  # a run without ablations: the network of stage `compact`
+        study, curves = dict(e.results["compact"], released_steps=0), e.curves["compact"]
     flat = flat_curves(
-        {k: v for k, v in e.curves["compact_study"].items() if k.startswith("ours ")},
+        {k: v for k, v in curves.items() if k.partition(" ")[0] == "ours"},
         bars=(CONTRADICTS,),
     )
     requirements = (relevant,) if study["released_steps"] else (relevant, flat)
@@ -500,7 +502,7 @@ def _finetuning(e: Evidence) -> Finding:
     known = dict(
         where="section 3.2, eq. 16",
         paper="no number",
-        scale=e.scale(f"{e.results['compact']['steps']} steps"),
+        scale=e.scale(f"{e.results['compact']['steps']:,} steps"),
     )
     statement = "Fine-tuning with the epsilon loss restores the assembled network's capability."
     row = report.get("paper")
@@ -577,8 +579,10 @@ def _search_budget(e: Evidence) -> Finding:
 def _front(e: Evidence) -> Finding:
     eps = {row: reported_value("table_s6", row, "eps") for row in "1234"}
     sizes = {row: reported_value("table_s6", row, "params M") for row in "1234"}
-    front = [r for r in e.results["search"]["front"] if r["method"] == "paper" and r["feasible"]]
-    front.sort(key=lambda r: r["eps"])
+    rows = [r for r in e.results["search"]["front"] if r["feasible"]]
+    methods = list(dict.fromkeys(r["method"] for r in rows))
+    method = "paper" if "paper" in methods or not methods else methods[0]
+    front = sorted((r for r in rows if r["method"] == method), key=lambda r: r["eps"])
     known = dict(
         where="table S6",
         paper=f"{sizes['1']} M at eps {eps['1']} to {sizes['4']} M at {eps['4']}",
@@ -605,7 +609,8 @@ def _front(e: Evidence) -> Finding:
             ),
         ),
         **known,
-        note=f"largest step in the other direction: {max(0, *steps):.1f}%",
+        note=f"search method `{method}`; largest step in the other direction: "
+        f"{max(0, *steps):.1f}%",
     )
 
 
@@ -691,7 +696,7 @@ def _one_step(e: Evidence) -> Finding:
         "One step keeps the quality of the multi-step model.",
         where="section 3.3, eq. 23",
         paper="no number",
-        scale=e.scale(f"{e.profile.adapt.steps} and {e.profile.onestep.steps} steps"),
+        scale=e.scale(f"{e.profile.adapt.steps:,} and {e.profile.onestep.steps:,} steps"),
         measurements=measured,
         requirements=(
             e.better_than_bicubic("onestep", "stlpips", (teacher,)),
@@ -821,6 +826,22 @@ _FINDINGS = (
 def list_findings(evidence: Evidence) -> list[Finding]:
     "All findings, in the order of the paper."
     return [make(evidence) for make in _FINDINGS]
+
+
+# findings that the release run can test, and the stage that it needs for them
+_RELEASE_FINDINGS = {
+    _autoencoder: "autoencoder",
+    _removable_levels: "search",
+    _front: "search",
+    _retained: "compact",
+    _finetuning: "compact",
+    _one_step: "onestep",
+}
+
+
+def list_release_findings(evidence: Evidence) -> list[Finding]:
+    "The findings that the stages of a run without ablations can test."
+    return [make(evidence) for make, s in _RELEASE_FINDINGS.items() if s in evidence.results]
 
 
 def count_verdicts(findings: Sequence[Finding]) -> dict[str, int]:

@@ -215,6 +215,8 @@ def _introduce(record: dict) -> str:
         run = (_TWO_RUNS if given else _ONE_RUN).format(
             profile=record["profile"], given=", ".join(f"`{n}`" for n in given or ())
         )
+        if missing := record.get("missing"):
+            run += f" The run is unfinished: {', '.join(missing)} has not been computed."
     return (
         "Small models trained for the reproducible companion of TOC-SR (arXiv 2605.02767). "
         f"{run} Their license is Apache-2.0; the photographs keep their own licenses. Perceptual "
@@ -248,7 +250,7 @@ def render_model_card(record: dict) -> str:
     steps (int or dict), hours, threads (0: a GPU), config (dict), curve ((step, loss) pairs),
     results (dict)); photos: dict(train, val (file names), manifest_hash, optionally note);
     joint_steps: int; machine: dict; versions: dict; profile: str, if runs of it made them all;
-    given: names of the weights that its last run took over.
+    given: names of the weights that its last run took over; missing: stages that it did not run.
 
     Raises `ValueError` for missing entries, unknown weights, or a photograph of unknown license.
     """

@@ -852,15 +852,21 @@ def _list_adapt_comparisons(p: Profile) -> list[_Comparison]:
                     **common,
                 )
             )
-        comparisons.append(
+        steps = dict(methods=(sampling_name(model, most), sampling_name(model, 1)), maximum=0.0)
+        text = f"of the multi-step model `{model}`, {most} steps"
+        comparisons += [
             _Comparison(
                 f"adapt.{model}.gain_steps",
-                f"ST-LPIPS of the multi-step model `{model}`, {most} steps over 1 step, minus 1",
-                methods=(sampling_name(model, most), sampling_name(model, 1)),
-                maximum=0.0,
-                **common,
-            )
-        )
+                f"ST-LPIPS {text} over 1 step, minus 1",
+                **common | steps,
+            ),
+            _Comparison(
+                f"adapt.{model}.gain_steps_niqe",
+                f"NIQE {text} minus 1 step",
+                metric="niqe",
+                **steps,
+            ),
+        ]
     return comparisons
 
 

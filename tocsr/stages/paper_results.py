@@ -22,9 +22,10 @@ from ..core.store import Artifact
 from ..data.pairs import HeldOutPairs
 from ..evaluation import paper_claims
 from ..evaluation.claims import Claim
-from ..evaluation.findings import Evidence, Finding, list_findings
+from ..evaluation.findings import DEMONSTRATIONS, Evidence, Finding, list_findings
 from ..evaluation.held_out import measure_methods
 from ..evaluation.influence import noisy_half, relevant_parameters, stage_influence
+from ..evaluation.release_run import read_release, release_claims, with_release_run
 from ..evaluation.training_speed import training_efficiency
 from ..models.diffusion import noise_schedule
 from ..models.generator import upscale_in_one_step
@@ -152,7 +153,10 @@ def collect(
     p: Profile,
     stored: Path,
 ) -> tuple[list[Claim], list[Finding]]:
-    "Claims and findings of a run; see `collect_claims` and `collect_findings`."
+    """Claims and findings of a run; see `collect_claims` and `collect_findings`.
+
+    A short run takes those that the records of the release run have from there.
+    """
     influence, share = teacher_influence(got["teacher"], p)
     known = dict(
         values=capacity_values(got["ablations"], got["autoencoder"], p),
@@ -160,4 +164,9 @@ def collect(
         relevant_share=share,
     )
     claims = collect_claims(got, p, stored, **known)
-    return claims, collect_findings(got, p, claims, **known)
+    findings = collect_findings(got, p, claims, **known)
+    release = read_release() if p.name in DEMONSTRATIONS else None
+    if release is not None:  # the long run is the better evidence
+        claims += release_claims(release)
+        findings = with_release_run(findings, release)
+    return claims, findings

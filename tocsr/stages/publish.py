@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from ..core.config import Profile, ProfileError
@@ -18,7 +19,8 @@ from ..core.files import StoreError, read_weights, save_weights, write_json
 from ..core.store import Artifact, find_result
 from ..core.weights import bundled_weights, read_bundle_record
 from ..data.images import load_photos
-from ..evaluation.model_card import render_model_card, thin_curve
+from ..evaluation.model_card import render_model_card
+from ..evaluation.release_run import INFLUENCE, RELEVANT_SHARE
 from .paper_results import teacher_influence
 
 # %% auto #0
@@ -59,14 +61,15 @@ def _taken_over(p: Profile) -> dict:
     return read_bundle_record() if given else {}
 
 
-def _find_stages(p: Profile) -> dict[str, Artifact]:
+def _find_stages(p: Profile, partial: bool) -> dict[str, Artifact]:
     "The finished stages. Raises `ProfileError` for an unfinished run."
     found = {name: find_result(name, p) for name in (*FOLDERS, *_RECORDED)}
     missing = [name for name in FOLDERS if found[name] is None]
-    if missing:
+    if missing and not (partial and len(missing) < len(FOLDERS)):
         raise ProfileError(
             f"stages without a result under profile {p.name}: {', '.join(missing)}; compute them "
-            f"with tocsr reproduce --profile {p.name} and the same photographs and parameters"
+            f"with tocsr reproduce --profile {p.name} and the same photographs and parameters, or "
+            "publish what is finished with --partial"
         )
     return {name: artifact for name, artifact in found.items() if artifact}
 
@@ -90,16 +93,20 @@ def _count_parameters(folder: Path) -> dict[str, int]:
 
 # %% ../../nbs/tools/610_publish.ipynb #4168f6d1
 def _curves(a: Artifact) -> dict[str, list[tuple[int, float]]]:
-    "At most `_CURVE_POINTS` points (step, loss) of each training of a stage."
+    """At most `_CURVE_POINTS` points (step, loss) of each training of a stage.
+
+    A point is the last step, and the mean loss, of steps that follow each other.
+    """
     path = a.path / "curves.json"
     # stage adapt has its losses among its results; stage teacher has groups of curves as well
     curves = json.loads(path.read_text()) if path.is_file() else a.results.get("loss", {})
     out = {}
     for name, curve in curves.items():
-        if isinstance(curve, list):
+        if isinstance(curve, list) and curve:
             losses = [r["loss"] if isinstance(r, dict) else r for r in curve]
-            points = [(i, float(f"{loss:.4g}")) for i, loss in enumerate(losses)]
-            out[name] = thin_curve(points, _CURVE_POINTS)
+            parts = np.array_split(np.arange(len(losses)), min(_CURVE_POINTS, len(losses)))
+            means = [float(np.mean(np.take(losses, part))) for part in parts]
+            out[name] = [(int(part[-1]), float(f"{m:.4g}")) for part, m in zip(parts, means)]
     return out
 
 
@@ -121,8 +128,8 @@ def _describe_teacher(a: Artifact, p: Profile) -> dict:
         "denoising error over the best linear denoiser's": {
             k: ratio[k] for k in ("mean", "mean_interval", "per_level")
         },
-        "influence of the stages at the noisier half of the levels": influence,
-        "share of the parameters in relevant stages": share,
+        INFLUENCE: influence,
+        RELEVANT_SHARE: share,
     }
 
 
@@ -140,17 +147,23 @@ def _describe_rows(a: Artifact, key: str, names: tuple[str, ...]) -> dict:
 
 
 def _describe(found: dict[str, Artifact], p: Profile) -> dict[str, dict]:
-    "Results by name of the weights."
-    compact = found["compact"].results
-    return dict(
-        codec4=_describe_autoencoder(found["autoencoder"], 4),
-        codec16=_describe_autoencoder(found["autoencoder"], 16),
-        teacher=_describe_teacher(found["teacher"], p),
-        compact={k: compact[k] for k in ("architecture", "ratios")}
-        | {f"held out, {k}": compact["held_out"][k] for k in ("teacher", "ours")},
-        adapt=_describe_rows(found["adapt"], "model", ("bicubic", "ours")),
-        onestep=_describe_rows(found["onestep"], "method", ("bicubic", "ours")),
-    )
+    "Results by name of the weights, of finished stages."
+    described = {}
+    if "autoencoder" in found:
+        for channels in (4, 16):
+            described[f"codec{channels}"] = _describe_autoencoder(found["autoencoder"], channels)
+    if "teacher" in found:
+        described["teacher"] = _describe_teacher(found["teacher"], p)
+    if "compact" in found:
+        compact = found["compact"].results
+        described["compact"] = {k: compact[k] for k in ("architecture", "ratios")}
+        described["compact"] |= {
+            f"held out, {k}": compact["held_out"][k] for k in ("teacher", "ours")
+        }
+    for stage, key in dict(adapt="model", onestep="method").items():
+        if stage in found:
+            described[stage] = _describe_rows(found[stage], key, ("bicubic", "ours"))
+    return described
 
 
 def _steps(p: Profile) -> dict[str, dict[str, int]]:
@@ -194,6 +207,8 @@ def _weights_entries(
     for name, (stage, curve, folder) in parts.items():
         if name in given:
             entries.append(given[name])
+            continue
+        if stage not in found:
             continue
         a = found[stage]
         path = dest / folder
@@ -240,24 +255,28 @@ def publish_run(
     p: Profile,
     dest: str | Path,  # folder to write; it must not exist
     log: Callable[[str], None] = print,
+    *,
+    partial: bool = False,  # what is finished of an unfinished run
 ) -> Path:
     """Write the weights of a finished run in half precision, record.json, stages/ and a model card.
 
     A run can begin with the autoencoder and teacher of an earlier published run, whose records are
-    taken over. Raises `ProfileError` for a run that is unfinished or takes over other weights,
-    `StoreError` where `dest` exists, and `ValueError` for a photograph without a known license.
+    taken over. Raises `ProfileError` for a run that is unfinished (with `partial`: that has no
+    finished stage) or takes over other weights, `StoreError` where `dest` exists, and `ValueError`
+    for a photograph without a known license.
     """
     dest = Path(dest).expanduser()
     if dest.exists():
         raise StoreError(f"{dest} exists; choose a folder that does not")
     before = _taken_over(p)
-    found = _find_stages(p)
+    found = _find_stages(p, partial)
+    last = max((a.meta for a in found.values()), key=lambda meta: meta["finished"])
     photos = load_photos(p.data)
     dest.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=dest.parent) as scratch:
         work = Path(scratch) / "weights"
         for stage, folders in FOLDERS.items():
-            for source, target in folders.items():
+            for source, target in folders.items() if stage in found else ():
                 _copy_half(found[stage].path / source, work / target)
         record = dict(
             weights=_weights_entries(found, p, work, before),
@@ -269,10 +288,11 @@ def publish_run(
             joint_steps=before.get("joint_steps", p.teacher.joint_steps),
             profile=p.name,
             given=list(_GIVEN) if before else [],
+            missing=[name for name in FOLDERS if name not in found],
             hours={n: round(a.meta["wall_s"] / 3600, 3) for n, a in found.items()}
             | {n: before["hours"][n] for n in _TAKEN_STAGES if before},
-            machine=found["onestep"].meta["machine"],
-            versions=found["onestep"].meta["versions"],
+            machine=last["machine"],
+            versions=last["versions"],
         )
         write_json(work / "record.json", record)
         _write_stage_records(found, p, work, before)
