@@ -20,6 +20,7 @@ from tocsr.evaluation.release_run import (
 from tocsr.inference.pipeline import TOCSRPipeline
 from tocsr.models.autoencoder import load_autoencoder
 from tocsr.models.expansion import load_teacher_folder
+from tocsr.models.generator import load_sr_model, sample_sr
 from tocsr.stages.publish import FOLDERS, publish_run
 
 
@@ -55,6 +56,8 @@ def test_the_folder_loads_like_the_bundled_one(published):
     teacher = load_teacher_folder(published / "teacher")
     assert teacher.unet.config.in_channels == 16
     assert load_autoencoder(published / "codec4").encode(torch.zeros(1, 3, 32, 32)).shape[1] == 4
+    model = load_sr_model(published / "adapt")
+    assert sample_sr(model, teacher.vae, torch.zeros(1, 3, 32, 32), 1).shape == (1, 3, 128, 128)
     pipe = TOCSRPipeline.from_pretrained(published / "onestep")
     assert pipe(torch.zeros(1, 3, 32, 32))[0][0].size == (128, 128)
     for file in published.rglob("*.safetensors"):

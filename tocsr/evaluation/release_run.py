@@ -19,8 +19,8 @@ from .influence import RELEVANT
 from ..models.architecture import deepest_stages, stage_names
 
 # %% auto #0
-__all__ = ['INFLUENCE', 'RELEVANT_SHARE', 'PREFIX', 'ReleaseRun', 'read_release', 'release_claims', 'gates_table',
-           'release_evidence', 'with_release_run']
+__all__ = ['INFLUENCE', 'RELEVANT_SHARE', 'PREFIX', 'ReleaseRun', 'release_folder', 'read_release', 'release_claims',
+           'gates_table', 'release_evidence', 'with_release_run']
 
 # %% ../../nbs/tools/525_release_run.ipynb #1c0a581c
 # rows of a published teacher's results
@@ -62,16 +62,20 @@ def _read_profile(recorded: dict) -> Profile:
     return override(p, **values)
 
 
+def release_folder() -> Path | None:
+    "The folder of the release run in the repository; None outside a repository, or without one."
+    root = project_root()
+    folder = root and root / "tocsr/weights/release"
+    return folder if folder and folder.is_dir() else None
+
+
 def read_release(
-    folder: str | Path | None = None,  # None: tocsr/weights/release of the repository
-) -> ReleaseRun | None:  # None outside a repository, where no folder is given
+    folder: str | Path | None = None,  # None: `release_folder`
+) -> ReleaseRun | None:  # None where no folder is given and there is none
     "Read the records of a published run. Raises `StoreError` for a folder without records."
+    folder = release_folder() if folder is None else Path(folder)
     if folder is None:
-        root = project_root()
-        folder = root and root / "tocsr/weights/release"
-        if not folder or not folder.is_dir():
-            return None
-    folder = Path(folder)
+        return None
     files = sorted(folder.glob("stages/*.json"))
     if not files or not (folder / "record.json").is_file():
         raise StoreError(f"{folder} holds no published run: it needs record.json and stages/")
