@@ -11,6 +11,7 @@ import pytest
 from tocsr.evaluation import claims as R
 from tocsr.evaluation import paper_claims
 from tocsr.evaluation import reported as P
+from tocsr.evaluation.release_run import read_release, release_claims
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -51,6 +52,15 @@ def test_claims_without_a_stage_are_recomputed_from_files(tmp_path, claim):
     assert found["sr.tile_seam"].status == "not attempted"
     committed = {c.id: c for c in R.read_claims(ROOT / "paper_figures/claims.json")}
     assert all(committed[i].ours == pytest.approx(c.ours) for i, c in found.items() if "set5" in i)
+
+
+def test_the_claims_of_the_release_run_are_those_of_its_records():
+    committed = {c.id: c for c in R.read_claims(ROOT / "paper_figures/claims.json")}
+    own = {c.id: c for c in release_claims(read_release(ROOT / "tocsr/weights/release"))}
+    assert {id for id in committed if id.startswith("release.")} == set(own)
+    for id, claim in own.items():
+        assert committed[id].ours == pytest.approx(claim.ours), "run tocsr readme"
+        assert committed[id].status == claim.status
 
 
 def test_the_readme_says_what_the_claims_say():
@@ -251,7 +261,8 @@ def test_many_steps_are_compared_with_one_and_with_bicubic():
     p = get_profile("cpu")  # 1, 2, 4 and 10 steps
 
     def crops(*means):
-        return {"stlpips": [m + d for m in means for d in (-0.01, 0.0, 0.01)]}
+        values = [m + d for m in means for d in (-0.01, 0.0, 0.01)]
+        return dict(stlpips=values, niqe=[10 * v for v in values])
 
     values = {
         "bicubic": crops(0.4),
@@ -269,7 +280,9 @@ def test_many_steps_are_compared_with_one_and_with_bicubic():
     assert met["adapt.ours.gain_stlpips"] == met["adapt.ours.gain_steps"] == "met"
     assert met["adapt.ours.gain_stlpips_training_size"] == "missed"  # 20% of 25
     assert met["adapt.paper.gain_steps"] == met["adapt.paper.gain_stlpips"] == "missed"
+    assert met["adapt.ours.gain_steps_niqe"] == "met"
+    assert met["adapt.paper.gain_steps_niqe"] == "missed"
     without = {m: dict(psnry=[20.0]) for m in values}
     silent = paper_claims.adapt_claims(dict(values=without, training_size=dict(values=without)), p)
     assert {c.status for c in silent} == {"not attempted"}
-    assert all("stlpips" in c.reason for c in silent)
+    assert all(("niqe" if c.id.endswith("niqe") else "stlpips") in c.reason for c in silent)

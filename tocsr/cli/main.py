@@ -567,10 +567,12 @@ def readme(check: Check = False):
     from tocsr.cli.readme import collect_times, render_readme_page
     from tocsr.cli.reproduce import RunError, repository
     from tocsr.core.files import write_atomic, write_json
+    from tocsr.evaluation.release_run import refresh_release_claims
 
     root = repository()
     path = root / "paper_figures/runtimes.json"
     if not check:
+        refresh_release_claims(path.parent)
         write_json(path, collect_times(root))
         write_atomic(root / "README.md", render_readme_page(root, json.loads(path.read_text())))
         return

@@ -18,6 +18,7 @@ from tocsr.cli.reproduce import (
 )
 from ..core.config import PROFILES
 from ..core.files import runs_dir
+from ..core.store import MODULES
 from ..core.weights import bundled_weights
 
 # %% auto #0
@@ -69,9 +70,24 @@ def _in_words(items: list[str]) -> str:
     return " and ".join(filter(None, (", ".join(items[:-1]), items[-1])))
 
 
-def _times_in_words(times: dict) -> str:
+def _release_in_words(root: Path) -> str:
+    "A sentence on the stages of the release run; empty without one."
+    from tocsr.evaluation.release_run import read_release, release_folder
+
+    if release_folder(root) is None:
+        return ""
+    run = read_release(release_folder(root))
+    stages = _in_words([n for n in MODULES if n in run.hours])
+    return (
+        f"Of profile `{run.profile.name}`, stages {stages} were run "
+        f"([records](tocsr/weights/release)): {run.total_hours:.1f} hours on {run.machine}."
+    )
+
+
+def _times_in_words(times: dict, root: Path) -> str:
     "Sentences on the sums of all notebooks, the machines, and the profiles without a run."
     sentences = []
+    release = _release_in_words(root)
     machines = {q: _hardware(times[q]) for q in PROFILES if times.get(q)}
     for q in machines:
         total = format_duration(sum(r["wall_s"] for r in times[q].values()))
@@ -81,13 +97,15 @@ def _times_in_words(times: dict) -> str:
         sentences.append(f"Measured on: {next(iter(machines.values()))}.")
     else:
         sentences += [f"Profile `{q}` was measured on: {m}." for q, m in machines.items()]
-    if absent := [f"`{q}`" for q in PROFILES if q not in machines]:
+    sentences.append(release)
+    known = {*machines, *(("release",) if release else ())}
+    if absent := [f"`{q}`" for q in PROFILES if q not in known]:
         one = len(absent) == 1
         subject = "Profile" if one else "Profiles"
         sentences.append(
             f"{subject} {_in_words(absent)} {'has' if one else 'have'} not been run yet."
         )
-    return " ".join(sentences)
+    return " ".join(filter(None, sentences))
 
 
 def notebooks_table(
@@ -103,7 +121,7 @@ def notebooks_table(
     for p in sorted((root / "nbs").glob("[0-9][0-9]*_*.ipynb")):
         time = format_duration(runs[p.stem]["wall_s"]) if p.stem in runs else "-"
         lines.append(f"| [{p.stem}]({folder}{p.name}) | {_subtitle(p)} | {time} |")
-    return "\n".join([*lines, "", _times_in_words(times)]) + "\n"
+    return "\n".join([*lines, "", _times_in_words(times, root)]) + "\n"
 
 # %% ../../nbs/tools/703_readme.ipynb #1b22cbb9
 RESULT_COLUMNS = {  # claim -> title, format, whether lower is better; None: no best value

@@ -13,14 +13,14 @@ from pathlib import Path
 from ..core.config import Profile, get_profile, override
 from ..core.files import StoreError, project_root
 from . import paper_claims
-from .claims import Claim, format_value
+from .claims import Claim, format_value, read_claims, write_claims
 from .findings import Evidence, Finding, list_release_findings
 from .influence import RELEVANT
 from ..models.architecture import deepest_stages, stage_names
 
 # %% auto #0
 __all__ = ['INFLUENCE', 'RELEVANT_SHARE', 'PREFIX', 'ReleaseRun', 'release_folder', 'read_release', 'release_claims',
-           'gates_table', 'release_evidence', 'with_release_run']
+           'refresh_release_claims', 'gates_table', 'release_evidence', 'with_release_run']
 
 # %% ../../nbs/tools/525_release_run.ipynb #1c0a581c
 # rows of a published teacher's results
@@ -62,9 +62,11 @@ def _read_profile(recorded: dict) -> Profile:
     return override(p, **values)
 
 
-def release_folder() -> Path | None:
+def release_folder(
+    root: Path | None = None,  # of the repository; None: that of the working directory
+) -> Path | None:
     "The folder of the release run in the repository; None outside a repository, or without one."
-    root = project_root()
+    root = root or project_root()
     folder = root and root / "tocsr/weights/release"
     return folder if folder and folder.is_dir() else None
 
@@ -240,6 +242,14 @@ def release_claims(run: ReleaseRun) -> list[Claim]:
         )
         for c in _stage_claims(run)
     ]
+
+
+def refresh_release_claims(folder: str | Path):
+    "Replace the claims `release.*` in the folder's claims.json by those of the records."
+    path = Path(folder) / "claims.json"
+    run = read_release()
+    others = [c for c in read_claims(path) if not c.id.startswith(PREFIX)]
+    write_claims([*others, *(release_claims(run) if run else ())], path)
 
 
 def gates_table(claims: Sequence[Claim]) -> list[dict]:
