@@ -23,6 +23,13 @@ from tocsr.models.expansion import load_teacher_folder
 from tocsr.models.generator import load_sr_model, sample_sr
 from tocsr.stages.publish import FOLDERS, publish_run
 
+LITTLE = dict(s4_steps=0, linear_crops=300, eval_samples=4)  # of stage teacher
+FASTER = dict(
+    ablations=False,
+    onestep=dict(compare_bundled=False, regression=False),
+    eval=dict(crops=1),
+)
+
 
 @pytest.fixture(scope="module")
 def profile():
@@ -30,11 +37,10 @@ def profile():
     scratch = dict(start="scratch")
     return get_profile(
         "smoke",
-        ablations=False,
         autoencoder=scratch,
-        teacher=scratch | dict(steps=2),
+        teacher=scratch | LITTLE | dict(steps=2),
         compact=scratch,
-        onestep=dict(compare_bundled=False),
+        **FASTER,
     )
 
 
@@ -168,11 +174,10 @@ def test_a_run_takes_over_a_published_teacher_with_its_record(published, tmp_pat
     given = dict(start="bundled")
     profile = get_profile(
         "smoke",
-        ablations=False,
         autoencoder=given,
-        teacher=given,
+        teacher=given | LITTLE,
         compact=dict(start="scratch"),
-        onestep=dict(compare_bundled=False),
+        **FASTER,
     )
     for stage in FOLDERS:
         run_stage(stage, profile)
