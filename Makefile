@@ -2,7 +2,7 @@
 # make test                      all checks, in an environment of its own (build/test)
 # make lint                      ruff on notebooks, tests and docs, without changing them
 # make format                    ruff formats notebooks and tests; exports the library again
-# make docs                      the documentation site: build/docs/index.html
+# make docs                      the documentation site, with the page of `make try` if it is there
 # make test-lowest               inference tests with the lowest versions that pyproject.toml allows
 # make test-demo                 tests of the two pages, with gradio and Chromium
 # make try                       the page that upscales in the browser: build/try, for any web host
@@ -129,6 +129,7 @@ test-lowest:
 
 # A site of the notebooks as committed and of docstrings: it needs none of the library's requirements,
 # so its environment holds the extra `docs` alone. Warnings, such as of a broken link, are errors.
+# Where `make try` has written its page, the site contains it and links to it.
 S      := $(CURDIR)/build/docs-venv
 SPHINX  = $(S)/bin/python -m sphinx -q -W --keep-going -j $(JOBS) -c docs
 DOCS    = import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
@@ -137,7 +138,8 @@ docs:
 	$(call timed,docs,$(call venv,$(S)) \
 	&& $(S)/bin/python $(PIP) -c constraints.txt $$($(S)/bin/python -c '$(DOCS)') \
 	&& $(S)/bin/python docs/pages.py build/docs-source \
-	&& $(SPHINX) -d build/docs-cache build/docs-source build/docs)
+	&& $(SPHINX) -d build/docs-cache build/docs-source build/docs && rm -rf build/docs/try \
+	&& { ! test -f build/try/index.html || cp -r build/try build/docs/try; })
 
 clean:
 	rm -rf build dist *.egg-info .ruff_cache .pytest_cache _docs _proc

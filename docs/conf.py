@@ -20,7 +20,7 @@ suppress_warnings = [
     "ref.python",  # types of one name in two modules
 ]
 
-smartquotes_action = "D"  # dashes; quotation marks may stand in values of code
+smartquotes = False  # outputs of cells hold options such as `--profile`
 
 html_theme = "furo"
 pygments_dark_style = "github-dark"

@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 import sys
+import textwrap
 import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -98,9 +99,21 @@ def site_output(output: dict) -> dict:
     return dict(output, data=dict(data, **{"text/markdown": text}))
 
 
+def image_description(text: str) -> str:
+    "The alternative text of an output's images: how the Markdown before them begins."
+    text = re.sub(r"!\[[^]]*\]\([^)]*\)", "", text)  # images
+    text = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", text)  # links
+    lines = [re.sub(r"^#+ (.*)", r"\1.", line) for line in text.splitlines()]
+    plain = re.sub(r"[*`$>]", "", " ".join(lines))
+    return textwrap.shorten(plain, 200, placeholder=" ...")
+
+
 def site_notebook(nb: dict) -> dict:
-    "A notebook without directives of nbdev and remote badges, in which long cells are folded."
+    """A notebook without directives of nbdev and remote badges, in which long cells are folded.
+
+    Images in outputs are described by the Markdown before them."""
     cells = []
+    description = ""
     for cell in nb["cells"]:
         text = "".join(cell["source"])
         if cell["cell_type"] == "code":
@@ -108,10 +121,13 @@ def site_notebook(nb: dict) -> dict:
             if not text.strip():
                 continue
             label = fold_label(text, cell["metadata"].get("tags", []))
-            shown = dict(mystnb={"code_prompt_show": label}, tags=["hide-input"]) if label else {}
-            cell = dict(cell, metadata=shown, outputs=[site_output(o) for o in cell["outputs"]])
+            shown = dict(code_prompt_show=label) if label else {}
+            shown |= dict(image=dict(alt=description)) if description else {}
+            metadata = dict(mystnb=shown, tags=["hide-input"] if label else [])
+            cell = dict(cell, metadata=metadata, outputs=[site_output(o) for o in cell["outputs"]])
         else:
             text = without_badges(text)
+            description = image_description(text)
         cells.append(dict(cell, source=text))
     metadata = dict(nb["metadata"], language_info={"name": "python"})
     return dict(nb, cells=cells, metadata=metadata)
@@ -370,6 +386,16 @@ def questions_page() -> str:
     return "\n\n".join(lines) + "\n"
 
 
+def home_page(out: Path) -> str:
+    "README.md, with a link to the page of `make try` where that page has been made."
+    home = to_site((ROOT / "README.md").read_text(), out)
+    if not (ROOT / "build/try/index.html").is_file():
+        return home
+    # HTML, because the page is copied next to this one when Sphinx has finished
+    link = '<a href="try/index.html"><b>Upscale an image in your browser</b></a>: no upload.'
+    return home.replace("<!-- image -->", f"{link}\n\n<!-- image -->", 1)
+
+
 def write_texts(out: Path):
     "Home page, texts of the repository, and the questions."
     tables = shutil.ignore_patterns("*.md")  # they are no pages
@@ -385,8 +411,7 @@ def write_texts(out: Path):
         "Project": ["questions", "model_card", "CONTRIBUTING", "CHANGELOG", "SECURITY"],
     }
     trees = [toctree(v, ":hidden:", f":caption: {k}") for k, v in contents.items()]
-    home = to_site((ROOT / "README.md").read_text(), out)
-    (out / "index.md").write_text("\n".join([home, *trees]))
+    (out / "index.md").write_text("\n".join([home_page(out), *trees]))
 
 
 def write_pages(out: Path):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from tocsr.cli.reproduce import (
@@ -84,7 +85,7 @@ def _release_in_words(root: Path) -> str:
     )
 
 
-def _times_in_words(times: dict, root: Path) -> str:
+def _times_in_words(times: dict, root: Path) -> list[str]:
     "Sentences on the sums of all notebooks, the machines, and the profiles without a run."
     sentences = []
     release = _release_in_words(root)
@@ -105,23 +106,52 @@ def _times_in_words(times: dict, root: Path) -> str:
         sentences.append(
             f"{subject} {_in_words(absent)} {'has' if one else 'have'} not been run yet."
         )
-    return " ".join(filter(None, sentences))
+    return list(filter(None, sentences))
+
+
+CONTENTS = {  # notebook -> what of the paper it has, or what it does, in a few words
+    "00_overview": "the method in one drawing",
+    "01_expansion": "tables S4 and S5, algorithm S2",
+    "02_surrogates": "section 3.2, figure 2",
+    "03_search": "algorithm 1, table S6",
+    "03b_finetune": "the network found",
+    "04_adapt": "section 3.3, algorithm S3",
+    "05_onestep": "section 3.3, algorithm S4",
+    "06_ablations": "the models of tables 3 and S7",
+    "07_paper": "tables 1, 2, 3, S7; figures 1, 3, S5, S6",
+    "08_try_it": "upscale your own image",
+    "09_your_own_model": "compress a diffusers UNet",
+}
+
+
+def _title(notebook: Path) -> str:
+    "The heading of a notebook, and its `CONTENTS`."
+    cells = notebook_json(notebook)["cells"]
+    heading = "".join(cells[0]["source"]).splitlines()[0].removeprefix("# ")
+    return ": ".join(filter(None, (heading, CONTENTS.get(notebook.stem, ""))))
 
 
 def notebooks_table(
     root: Path,
     times: dict,  # of `collect_times`
     folder: str = "nbs/",  # prefix of the links
+    describe: Callable[[Path], str] = _subtitle,  # a notebook's second column
 ) -> str:
-    "The table of all numbered notebooks in Markdown, and below it the times in words."
+    "The table of all numbered notebooks in Markdown; the times in words are folded below it."
+    from tocsr.evaluation.tables import fold
+
     runs = times.get(TIMED, {})
     cores = {r["machine"]["cores"] for r in runs.values()}
-    column = f"time on {cores.pop()} cores" if len(cores) == 1 else "time"
-    lines = [f"| notebook | what it shows | {column} |", "|---|---|---|"]
+    lines = ["| notebook | what it shows | time |", "|---|---|---|"]
     for p in sorted((root / "nbs").glob("[0-9][0-9]*_*.ipynb")):
         time = format_duration(runs[p.stem]["wall_s"]) if p.stem in runs else "-"
-        lines.append(f"| [{p.stem}]({folder}{p.name}) | {_subtitle(p)} | {time} |")
-    return "\n".join([*lines, "", _times_in_words(times, root)]) + "\n"
+        lines.append(f"| [{p.stem}]({folder}{p.name}) | {describe(p)} | {time} |")
+    machine = f" on {cores.pop()} CPU cores" if len(cores) == 1 else ""
+    words = fold(
+        f"Times are those of profile <code>{TIMED}</code>{machine}. Sums, memory, other profiles",
+        " ".join(_times_in_words(times, root)),
+    )
+    return "\n".join([*lines, "", words])
 
 # %% ../../nbs/tools/703_readme.ipynb #1b22cbb9
 RESULT_COLUMNS = {  # claim -> title, format, whether lower is better; None: no best value
@@ -131,8 +161,8 @@ RESULT_COLUMNS = {  # claim -> title, format, whether lower is better; None: no 
     "seconds": ("CPU time", ".2f", None),
 }
 RESULT_SETS = {  # group of claims -> heading
-    "deg": "held-out photographs, Real-ESRGAN's degradation",
-    "set5": "Set5, clean bicubic inputs",
+    "deg": "30 crops of held-out photographs, Real-ESRGAN's degradation",
+    "set5": "The same table for Set5: five images, clean bicubic inputs",
 }
 
 
@@ -157,7 +187,7 @@ def results_table(claims: list, group: str) -> str:
     known = {c.id: c.ours for c in claims}
     methods = _result_methods()
     titles = [title for title, *_ in RESULT_COLUMNS.values()]
-    lines = [f"| {RESULT_SETS[group]} | {' | '.join(titles)} | parameters |"]
+    lines = [f"| method | {' | '.join(titles)} | parameters |"]
     lines.append("|---|" + "---:|" * (len(titles) + 1))
     ids = {m: {q: f"sr.{group}.{q}_{m}" for q in RESULT_COLUMNS} for m in methods}
     for m, (title, params) in methods.items():
@@ -170,6 +200,16 @@ def results_table(claims: list, group: str) -> str:
             cells.append(f"**{mark}**" if is_best else mark)
         lines.append(f"| {title} | {' | '.join(cells)} | {params} |")
     return render_readme("\n".join(lines) + "\n", claims)
+
+
+def results_block(claims: list) -> str:
+    "The table of the first set under its name; those of the other sets are folded."
+    from tocsr.evaluation.tables import fold
+
+    (first, name), *others = RESULT_SETS.items()
+    parts = [f"**{name}**\n\n{results_table(claims, first)}"]
+    parts += [fold(name, results_table(claims, group)) for group, name in others]
+    return "\n".join(parts)
 
 # %% ../../nbs/tools/703_readme.ipynb #d12138e4
 DRAWING = "paper_figures/figure_overview.png"
@@ -193,12 +233,12 @@ def render_readme_page(root: Path, times: dict) -> str:
     text = (root / "README.md").read_text()
     claims = root / "paper_figures/claims.json"
     text = _between(text, "image", IMAGE if (root / DRAWING).is_file() else "")
-    text = _between(text, "notebooks", notebooks_table(root, times))
+    text = _between(text, "notebooks", notebooks_table(root, times, describe=_title))
     rehearsal = root / "tests/bench/paper_scale.md"  # of bench_paper_scale.py
     if rehearsal.is_file():
         text = _between(text, "rehearsal", rehearsal.read_text())
     if not claims.is_file():
         return text
     found = read_claims(claims)
-    text = _between(text, "results", "\n".join(results_table(found, g) for g in RESULT_SETS))
+    text = _between(text, "results", results_block(found))
     return render_readme(text, found)

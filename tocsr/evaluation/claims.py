@@ -143,11 +143,22 @@ def read_claims(path: str | Path) -> list[Claim]:
     return _sort_unique([Claim(**entry) for entry in entries])
 
 # %% ../../nbs/tools/503_claims.ipynb #60e6e9e0
+def _format_number(x: float, form: str) -> str:
+    "A number in a format such as `.4g`; from 1000 on with separators and without an exponent."
+    if abs(x) < 1000:
+        return format(x, form)
+    if not form.endswith("g"):
+        return format(x, f",{form}")
+    digits = int(form[1:-1]) - len(str(int(abs(x))))  # behind the point
+    text = format(x, f",.{max(digits, 0)}f")
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
 def format_value(value, unit: str = "", form: str = ".4g") -> str:
     "A value with its unit. `x` for a factor is not separated; None reads `not measured`."
     if value is None:
         return "not measured"
-    text = format(value, form) if isinstance(value, (int, float)) else str(value)
+    text = _format_number(value, form) if isinstance(value, (int, float)) else str(value)
     if not unit:
         return text
     return f"{text}x" if unit == "x" else f"{text} {unit}"
@@ -156,9 +167,9 @@ def format_value(value, unit: str = "", form: str = ".4g") -> str:
 def _format_ours(c: Claim) -> str:
     "Our value with its spread and unit."
     if isinstance(c.spread, tuple):
-        spread = f" [{c.spread[0]:.4g}, {c.spread[1]:.4g}]"
+        spread = f" [{format_value(c.spread[0])}, {format_value(c.spread[1])}]"
     else:
-        spread = "" if c.spread is None else f" ± {c.spread:.2g}"
+        spread = "" if c.spread is None else f" ± {format_value(c.spread, form='.2g')}"
     unit = f" {c.unit}" if c.unit and c.ours is not None else ""
     return format_value(c.ours) + spread + unit
 
