@@ -12,7 +12,8 @@ from tocsr.core.config import get_profile
 from tocsr.evaluation import findings as F
 from tocsr.evaluation import paper_claims
 from tocsr.evaluation.claims import Claim, read_claims, write_claims
-from tocsr.evaluation.tables import fold, readable_table
+from tocsr.evaluation.study_figures import describe_trend, fifths, plot_losses
+from tocsr.evaluation.tables import TITLES, fold, readable_table, results_markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("E1", "E2", "E3", "E4", "Mid", "D4", "D3", "D2", "D1")
@@ -437,9 +438,13 @@ def test_the_best_value_is_bold_in_each_group_and_bounds_are_not_ranked():
         {"m": "reconstruction of HR, 4ch", "PSNR": 30.0, "LPIPS": 0.1, "source": MEASURED},
     ]
     cells = table_cells(rows)
-    assert cells[1][2:] == ["**24**", "0.3", "130"] and cells[2][2:] == ["23", "**0.2**", "300"]
-    assert cells[3][2:] == ["21", "**0.5**", "1.3"] and cells[4][2:] == ["**22**", "0.6", "8.6"]
-    assert cells[5][2:] == ["30", "0.1", "–"]
+    assert cells[1][2:] == ["**24**", "0.300", "130"] and cells[2][2:] == ["23", "**0.200**", "300"]
+    assert cells[3][2:] == ["21", "**0.500**", "1.30"] and cells[4][2:] == [
+        "**22**",
+        "0.600",
+        "8.60",
+    ]
+    assert cells[5][2:] == ["30", "0.100", "–"]
 
 
 def test_ways_are_shown_where_both_ran_and_named_where_one_did_not():
@@ -462,6 +467,86 @@ def test_a_folded_table_is_still_markdown():
     assert fold("139 claims", "| a |\n") == (
         "<details><summary>139 claims</summary>\n\n| a |\n\n\n</details>\n"
     )
+
+
+# tables of a stage's rows
+
+NO_FILE = "not available: no file $TORCH_HOME/lpips.pth"
+
+
+def summary(mean: float) -> dict:
+    return dict(mean=mean, low=mean - 1, high=mean + 1, n=16)
+
+
+def result_lines(rows: list[dict], *args, **options) -> list[list[str]]:
+    lines = results_markdown(rows, *args, **options).splitlines()
+    return [[c.strip() for c in x.split("|")[1:-1]] for x in lines if x.startswith("|")]
+
+
+def test_columns_of_results_have_titles_and_units_and_the_method_comes_first():
+    row = dict(
+        macs_G=4.65, psnry=22.24, extra="a", stlpips=0.5, steps=1, method="m", evaluated_px=9
+    )
+    heading, _, cells = result_lines([row], hide=("evaluated_px",))
+    titles = ["method", "steps", "PSNR-Y (dB) ↑", "ST-LPIPS ↓", "MACs (G)", "extra"]
+    assert heading == titles and cells == ["m", "1", "22.2", "0.500", "4.65", "a"]
+    assert not {"psnry", "stlpips", "macs_G"} & set(TITLES.values())
+    with pytest.raises(ValueError, match="rows"):
+        results_markdown([])
+
+
+def test_the_best_result_is_bold_in_both_directions_and_ties_share_it():
+    rows = [
+        dict(method="a", psnry=summary(22.21), stlpips=0.4, seconds=3.0, own=1.5),
+        dict(method="b", psnry=summary(22.24), stlpips=0.3, seconds=1.0, own=2.5),
+        dict(method="c", psnry=summary(20.0), stlpips=0.5, seconds=2.0, own=None),
+        dict(method="reconstruction of HR", psnry=summary(30.0), stlpips=0.1),
+    ]
+    cells = result_lines(rows, intervals=True, lower=("own",))[2:]
+    assert [c[1].split(" ")[0] for c in cells] == ["**22.2**", "**22.2**", "20", "30"]
+    assert cells[0][1] == "**22.2** [21.2, 23.2]"
+    assert [c[2] for c in cells] == ["0.400", "**0.300**", "0.500", "0.100"]
+    assert [c[3] for c in cells] == ["3", "1", "2", ""]  # no direction of a time is marked
+    assert [c[4] for c in cells] == ["**1.50**", "2.50", "", ""]
+    assert result_lines(rows)[2][1] == "**22.2**"
+    equal = [dict(method=m, psnry=22.01 + i / 1000) for i, m in enumerate("ab")]
+    assert "**" not in results_markdown(equal)
+
+
+def test_metrics_that_no_row_has_are_hidden_and_named_with_their_reason():
+    rows = [
+        dict(method="a", psnry=22.0, lpips=NO_FILE, dists=NO_FILE, niqe=5.5, trained_px="none"),
+        dict(method="b", psnry=23.0, lpips=NO_FILE, dists=NO_FILE, niqe="not available: small"),
+    ]
+    text = results_markdown(rows, expected=("stlpips", "psnry"))
+    assert result_lines(rows)[0] == ["method", "PSNR-Y (dB) ↑", "NIQE ↓"]
+    assert text.splitlines()[-1] == (
+        "Not measured: LPIPS, DISTS (no file \\$TORCH_HOME/lpips.pth); "
+        "NIQE in 1 of 2 rows (small); ST-LPIPS (not among the metrics of this run)."
+    )
+    assert "Not measured" not in results_markdown([dict(method="a", psnry=22.0, seconds=None)])
+
+
+# losses in training
+
+
+def test_the_trend_of_a_loss_follows_the_rule_of_the_findings():
+    assert describe_trend(dict(a=curve(0.1), b=curve(-0.001))) == (
+        "a: the loss still falls at the end; b: falls less than 2% in the last fifth"
+    )
+    assert "too few" in describe_trend(dict(a=[3.0, 2.0, 1.0], b=curve(0.1)))
+    assert fifths([5.0, 4, 3, 2, 1]) == (5, 1)
+
+
+def test_lines_of_losses_that_coincide_differ_in_width_and_panels_may_share_an_axis():
+    two = dict(larger=[2.0, 1.0], compact=[2.0, 1.0])
+    fig = plot_losses({"a": two, "b": dict(larger=[9.0, 8.0])}, "a claim", shared=("a", "b"))
+    first, second = fig.axes
+    wide, narrow = first.lines
+    assert wide.get_linewidth() > 2 * narrow.get_linewidth()
+    assert first.get_ylim() == second.get_ylim() and first.get_ylim()[1] >= 9
+    assert fig.get_suptitle() == "a claim" and second.get_title() == "b\n9.00 to 8.00"
+    assert [t.get_text() for t in fig.legends[0].get_texts()] == ["larger", "compact"]
 
 
 # claims of our own tests

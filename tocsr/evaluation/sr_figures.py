@@ -245,7 +245,12 @@ def _column_title(runner: MethodRunner, keys: Sequence[str]) -> str:
     return f"{m.title}\n{', '.join(facts)}"
 
 # %% ../../nbs/tools/511_sr_figures.ipynb #54ad9a5f
-ROW_LABELS = ("largest gain over bicubic", "median gain", "smallest gain")
+# place in the order of gains -> label of a gain, label of a loss
+ROW_LABELS = (
+    ("largest gain over bicubic", "smallest loss against bicubic"),
+    ("median gain", "median loss"),
+    ("smallest gain", "largest loss"),
+)
 BORDER = 4  # pixels that PSNR leaves out at each side
 
 
@@ -258,7 +263,10 @@ def choose_rows(
     images: dict[str, torch.Tensor],  # title -> (n, 3, h, w) in [-1, 1]; HR, bicubic, and `method`
     method: str,
 ) -> dict[int, str]:  # index -> label
-    "Images with the largest, the middle and the smallest gain of `method` in PSNR-Y."
+    """Images with the largest, the middle and the smallest gain of `method` in PSNR-Y.
+
+    A negative gain is called a loss.
+    """
     gain = [
         _psnr_y(x, hr) - _psnr_y(bicubic, hr)
         for x, bicubic, hr in zip(images[method], images["bicubic"], images["HR"])
@@ -266,8 +274,9 @@ def choose_rows(
     order = sorted(range(len(gain)), key=lambda i: -gain[i])
     places = (0, len(order) // 2, len(order) - 1)
     chosen = {}
-    for place, label in zip(places, ROW_LABELS):
-        chosen.setdefault(order[place], f"{label}: {gain[order[place]]:+.1f} dB")
+    for place, (won, lost) in zip(places, ROW_LABELS):
+        db = round(gain[order[place]], 1)
+        chosen.setdefault(order[place], f"{lost if db < 0 else won}: {abs(db):.1f} dB")
     return chosen
 
 
@@ -277,11 +286,12 @@ def result_grid(
     rows: dict[int, str],  # index -> label, as of `choose_rows`
     *,
     detail: int = DETAIL,
-    per_line: int = 0,  # wrap a row after so many images, with their titles below; 0: do not wrap
+    per_line: int = 0,  # wrap a row after so many images at most, titles below; 0: do not wrap
 ) -> Image.Image:
     """Rows of results with PSNR-Y below each, except for LR and HR.
 
-    Wrapped rows have no details, which need the original in every line.
+    Wrapped rows have no details, which need the original in every line. Their lines are about
+    equally long: nine images with `per_line=5` are five and four.
     """
     shown = [[images[k][i].clamp(-1, 1) for k in columns] for i in rows]
     results = [k for k in columns if k not in ("LR", "HR")]
@@ -292,6 +302,8 @@ def result_grid(
     labels = list(rows.values()) if any(rows.values()) else ()
     if not per_line:
         return image_grid(shown, list(columns.values()), labels, captions=captions, detail=detail)
+    lines = -(-len(columns) // per_line)
+    per_line = -(-len(columns) // lines)
     starts = range(0, len(columns), per_line)
     titled = [
         [f"{title}\n{value}" for title, value in zip(columns.values(), row)] for row in captions
