@@ -135,7 +135,7 @@ def draw_library(
     label = dict(ha="center", va="top", fontsize=5, color="#444444")
     with default_style():
         fig, axes = plt.subplots(
-            1, len(stages), figsize=(1.05 * len(stages), 0.42 * depth + 0.7), sharey=True
+            1, len(stages), figsize=(1.05 * len(stages), 0.42 * depth + 0.85), sharey=True
         )
         for ax, (name, options) in zip(axes, stages.items()):
             for i, r in enumerate(options):
@@ -145,12 +145,12 @@ def draw_library(
                 draw_stage(ax, REMOVED, 0, -len(options))
                 ax.text(0, -len(options) - 0.2, "0", **label)
             ax.axhline(-0.6, color="#cccccc", lw=0.6)
-            ax.set(title=name, xlim=(-3.1, 3.1), ylim=(-depth + 0.45, 0.5), xticks=[], yticks=[])
+            ax.set(title=name, xlim=(-3.1, 3.1), ylim=(-depth + 0.1, 0.5), xticks=[], yticks=[])
             ax.grid(False)
             ax.spines[:].set_visible(False)
         side = dict(rotation=90, ha="right", va="center", fontsize=7)
         axes[0].text(-3.2, 0, "teacher", **side)
-        axes[0].text(-3.2, (0.45 - depth - 0.6) / 2, "surrogates", **side)
+        axes[0].text(-3.2, (0.1 - depth - 0.6) / 2, "surrogates", **side)
         designs = [r["design"] for r in rows] + [REMOVED] * bool(removable)
         _add_legend(fig, designs)
     return fig

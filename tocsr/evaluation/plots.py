@@ -28,7 +28,7 @@ from ..core.image import to_array
 from ..core.store import Artifact, machine
 
 # %% auto #0
-__all__ = ['markdown_table', 'csv_table', 'save_table']
+__all__ = ['markdown_table', 'mark_best', 'csv_table', 'save_table']
 
 # %% ../../nbs/tools/501_plots.ipynb #826e6350
 PALETTE = ("#0072B2", "#E69F00", "#CC79A7", "#000000", "#56B4E9", "#D55E00")
@@ -72,22 +72,36 @@ def default_style():
         yield
 
 # %% ../../nbs/tools/501_plots.ipynb #dd5a7248
+def _format_tick(x: float, position: int | None = None) -> str:
+    "A number of a log axis: plain, as a power of ten where it has many zeros."
+    if 1e-4 <= x < 1e6:
+        return f"{x:g}"
+    digit, exponent = f"{x:.0e}".split("e")
+    factor = "" if digit == "1" else rf"{digit}\times"
+    return f"${factor}10^{{{int(exponent)}}}$"
+
+
 def plain_log_ticks(axis, subs: Sequence[int] = (1, 2, 5)):
     "Plain numbers as the ticks of a log axis, at these multiples of every power of ten."
     axis.set_major_locator(mpl.ticker.LogLocator(subs=subs))
-    axis.set_major_formatter(mpl.ticker.StrMethodFormatter("{x:g}"))
+    axis.set_major_formatter(_format_tick)
     axis.set_minor_formatter(mpl.ticker.NullFormatter())
 
 
 def _spread(positions: Sequence[float], distance: float) -> list[float]:
-    "Ascending positions, moved to be at least `distance` apart and to end at 1 or below."
-    moved = []
-    for p in positions:
-        moved.append(max(p, moved[-1] + distance) if moved else p)
-    for i in range(len(moved) - 1, -1, -1):
-        limit = 1.0 if i + 1 == len(moved) else moved[i + 1] - distance
-        moved[i] = min(moved[i], limit)
-    return moved
+    """Ascending positions, moved as little as possible to be `distance` apart and below 1.
+
+    Neighbors that are too close form a group around their mean (isotonic regression).
+    """
+    groups = []  # [sum of the positions if the distance were 0, number]
+    for i, p in enumerate(positions):
+        groups.append([p - i * distance, 1])
+        while len(groups) > 1 and groups[-2][0] / groups[-2][1] > groups[-1][0] / groups[-1][1]:
+            total, count = groups.pop()
+            groups[-1] = [groups[-1][0] + total, groups[-1][1] + count]
+    starts = [total / count for total, count in groups for _ in range(count)]
+    highest = 1 - (len(starts) - 1) * distance
+    return [min(start, highest) + i * distance for i, start in enumerate(starts)]
 
 
 def label_line_ends(
@@ -95,6 +109,8 @@ def label_line_ends(
     ends: Sequence[tuple[float, float, str, str]],  # x, y of the line's end, text, color
 ):
     "Write a text at the right of the axis for every line, joined to its end by a thin line."
+    if not ends:
+        return
     ax.autoscale_view()  # else the limits are found at drawing time
     fraction = (ax.transScale + ax.transLimits).transform
     ends = sorted(ends, key=lambda e: fraction(e[:2])[1])
@@ -109,7 +125,14 @@ def label_line_ends(
             va="center",
             fontsize=7,
             color=color,
-            arrowprops=dict(arrowstyle="-", color=color, lw=0.5, shrinkA=1, shrinkB=1),
+            arrowprops=dict(
+                arrowstyle="-",
+                color=color,
+                lw=0.5,
+                relpos=(0, 0.5),  # from the left of the text: no line runs through a text
+                shrinkA=1,
+                shrinkB=1,
+            ),
             annotation_clip=False,
         )
 
@@ -538,6 +561,29 @@ def markdown_table(
     if notes:
         parts.append("\n".join(f"({i}) {n}  " for i, n in enumerate(notes, 1)))
     return "\n\n".join(parts) + "\n"
+
+
+def mark_best(
+    rows: Sequence[dict],
+    column: str,
+    pick: Callable[[Sequence[float]], float] = min,  # or max
+    values: Sequence[float | None] | None = None,  # by row, where the cells are not numbers
+    digits: int = 4,
+) -> list[dict]:
+    """Rows whose best values of a column are bold; as they are where fewer than two have one.
+
+    Cells are numbers or summaries with a mean. A row without a value takes no part.
+    """
+    cells = [r.get(column) for r in rows]
+    if values is None:
+        numbers = [c["mean"] if isinstance(c, dict) else c for c in cells]
+        values = [n if isinstance(n, (int, float, np.number)) else None for n in numbers]
+    found = [v for v in values if v is not None]
+    if len(found) < 2:
+        return list(rows)
+    best = pick(found)
+    bold = [f"**{_format_cell(c, digits, [])}**" if v == best else c for c, v in zip(cells, values)]
+    return [r | {column: c} if column in r else r for r, c in zip(rows, bold)]
 
 
 def _flatten_row(row: dict) -> dict:

@@ -5,14 +5,18 @@
 # %% ../../nbs/tools/514_search_figures.ipynb #a5ad6296
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
 from tocsr.evaluation.plots import (
     MARK,
     OURS,
+    PALETTE,
     PAPER,
     default_style,
     label_line_ends,
@@ -22,32 +26,70 @@ from ..search.log import Evaluation
 from ..search.methods import SEARCH_METHODS
 
 # %% auto #0
-__all__ = ['COLUMNS', 'EXACT', 'NEAR', 'plot_regret', 'plot_front_regret', 'plot_front', 'plot_compact']
+__all__ = ['COLUMNS', 'EXACT', 'NEAR', 'PAPER_STAR', 'plot_regret', 'plot_front_regret', 'plot_front', 'compact_titles',
+           'plot_compact']
 
 # %% ../../nbs/tools/514_search_figures.ipynb #88d11325
-COLUMNS = 4  # panels in a row
+COLUMNS = 4  # panels in a row at most
 EXACT = 0.1  # percent: regret below it is drawn on a linear scale
 NEAR = 1.0  # percent: regret of a solution that counts as found
 
 
+def _color(name: str) -> str:
+    "The color of a method, black if the palette does not have it."
+    color = SEARCH_METHODS[name].color
+    return color if color in (*PALETTE, PAPER) else "#000000"
+
+
 def _method_panels(names: Sequence[str], height: float = 1.5) -> tuple[plt.Figure, list[plt.Axes]]:
-    "A panel per method, titled and with common axes; panels at the left and below have labels."
-    columns = min(COLUMNS, len(names))
-    rows = -(-len(names) // columns)
-    size = (0.5 + 1.75 * columns, 0.4 + height * rows)
+    """A panel per method, titled and with common axes, and an empty place for a legend.
+
+    Panels at the left and below have labels.
+    """
+    places = len(names) + 1
+    rows = -(-places // COLUMNS)
+    columns = -(-places // rows)
+    size = (0.5 + 1.75 * columns, 0.6 + height * rows)
     fig, axes = plt.subplots(rows, columns, figsize=size, sharex=True, sharey=True, squeeze=False)
     panels = list(axes.flat)
     for ax in panels[len(names) :]:
         ax.axis("off")
     for i, (ax, name) in enumerate(zip(panels, names)):
-        ax.set_title(SEARCH_METHODS[name].title, color=SEARCH_METHODS[name].color, weight="bold")
+        ax.set_title(SEARCH_METHODS[name].title, color=_color(name), weight="bold")
         ax.tick_params(labelbottom=i + columns >= len(names))
     return fig, panels[: len(names)]
+
+
+def _add_key(fig: plt.Figure, panels: Sequence[plt.Axes], entries: dict[str, plt.Artist]):
+    "A legend in the place that no method takes."
+    place = next(ax for ax in fig.axes if ax not in panels)
+    place.legend(list(entries.values()), list(entries), loc="center left", borderaxespad=0)
+
+
+def _add_claim(fig: plt.Figure, text: str):
+    "A figure's title, in lines that fit its width."
+    letters = int(17 * fig.get_figwidth())
+    fig.suptitle(textwrap.fill(text, letters), fontsize=8)
 
 
 def _quartiles(runs: np.ndarray) -> np.ndarray:  # (runs, n) -> (3, n)
     "Quartiles over runs, in percent."
     return 100 * np.quantile(runs, [0.25, 0.5, 0.75], axis=0)
+
+
+def _list_values(values: dict[str, float | str]) -> str:
+    "Names and values; a line is not broken inside an entry."
+    return ", ".join(f"{name} {v}".replace(" ", "\N{NO-BREAK SPACE}") for name, v in values.items())
+
+
+def _state_evaluations(medians: dict[str, np.ndarray]) -> str:  # in percent
+    "After how many evaluations each method's median regret is at most `NEAR`, the fastest first."
+    first = {n: int(np.argmax(m <= NEAR)) + 1 for n, m in medians.items() if (m <= NEAR).any()}
+    there = _list_values({SEARCH_METHODS[n].title: first[n] for n in sorted(first, key=first.get)})
+    never = [SEARCH_METHODS[n].title for n in medians if n not in first]
+    parts = [f"evaluations until the median regret is {NEAR:g}%: {there}"] * bool(there)
+    parts += [f"not reached: {', '.join(never)}"] * bool(never)
+    return "; ".join(parts)
 
 
 def _plot_methods(
@@ -58,7 +100,7 @@ def _plot_methods(
     with default_style():
         fig, panels = _method_panels(list(curves))
         for name, ax in zip(curves, panels):
-            color = SEARCH_METHODS[name].color
+            color = _color(name)
             for other, (low, middle, high) in spread.items():
                 n = np.arange(1, len(middle) + 1)
                 if other != name:
@@ -66,7 +108,7 @@ def _plot_methods(
                     continue
                 ax.fill_between(n, low, high, color=color, alpha=0.25, linewidth=0)
                 ax.plot(n, middle, color=color, linewidth=1.6, zorder=3)
-            ax.axhline(NEAR, color=MARK, linewidth=0.6, linestyle=(0, (4, 2)))
+            near = ax.axhline(NEAR, color="#444444", linewidth=0.6, linestyle=(0, (4, 2)))
             ax.set_yscale("symlog", linthresh=EXACT, linscale=0.5)
             ax.set_yticks([0, EXACT, NEAR, 10, 100], ["0", f"{EXACT:g}", f"{NEAR:g}", "10", "100"])
             ax.minorticks_off()
@@ -77,7 +119,15 @@ def _plot_methods(
         panels[0].set_ylim(-0.02, ceiling)
         fig.supxlabel("evaluations", fontsize=8)
         fig.supylabel("regret, % (lower is better)", fontsize=8)
-        fig.suptitle(title, fontsize=8)
+        key = {
+            "median": Line2D([], [], color="#444444", linewidth=1.6),
+            "quartiles": Patch(color="#444444", alpha=0.25, linewidth=0),
+            "medians of the others": Line2D([], [], color="#c8c8c8", linewidth=0.8),
+            f"{NEAR:g}%": near,
+        }
+        _add_key(fig, panels, key)
+        claim = _state_evaluations({name: middle for name, (_, middle, _) in spread.items()})
+        _add_claim(fig, f"{title}: {claim}" if title else claim)
     return fig
 
 
@@ -94,58 +144,90 @@ def plot_front_regret(seeds: dict[str, list[dict]]):  # method -> results of `co
         n = max(len(s["regret"]) for s in runs)
         padded = [s["regret"] + s["regret"][-1:] * (n - len(s["regret"])) for s in runs]
         curves[name] = np.array(padded)
-    title = "evaluations for the whole grid of eps; dashed: 1%; gray: the other methods"
-    return _plot_methods(curves, logarithmic=True, title=title)
+    return _plot_methods(curves, logarithmic=True, title="whole grid of eps")
 
 # %% ../../nbs/tools/514_search_figures.ipynb #372f0faf
+PAPER_STAR = dict(
+    marker="*", markersize=8, color=MARK, markeredgecolor="white", markeredgewidth=0.4
+)
+
+
+def _state_smallest(fronts: dict[str, list[dict]], paper: dict, unit: float) -> str:
+    "Parameters of each method's smallest network; no worse than the paper's, where that is known."
+    limit = paper["f_acc"] / unit if "f_acc" in paper else np.inf
+    smallest = {}
+    for name, rows in fronts.items():
+        sizes = [r["params"] / 1e6 for r in rows if r["f_acc_relative"] <= limit]
+        smallest[SEARCH_METHODS[name].title] = min(sizes, default=np.inf)
+    found = [n for n in sorted(smallest, key=smallest.get) if np.isfinite(smallest[n])]
+    sizes = _list_values({n: f"{smallest[n]:.3g} M" for n in found}) or "none"
+    if "f_acc" not in paper:
+        return f"smallest network of each front: {sizes}"
+    known = f"the paper's architecture ({paper['params'] / 1e6:.3g} M)"
+    return f"smallest network with at most the f_acc of {known}: {sizes}"
+
+
 def plot_front(results: dict, evaluations: Sequence[Evaluation]):  # of stage `search`
-    "Parameters against f_acc: all evaluations, each method's front, the paper's architecture."
+    """Parameters against f_acc: all evaluations, each method's front, the paper's architecture.
+
+    The horizontal axis begins a factor of ten below the fronts: replacing a stage without influence
+    costs next to nothing, and such evaluations would take up most of it."""
     unit = results["unit"]
     paper = results["reference"]["paper"]
-    finite = [e for e in evaluations if np.isfinite(e.f_acc) and e.f_acc > 0]
     names = list(dict.fromkeys(row["method"] for row in results["front"]))
+    fronts = {n: [r for r in results["front"] if r["method"] == n and r["feasible"]] for n in names}
+    star = [(paper["f_acc"] / unit, paper["params"] / 1e6)] if "f_acc" in paper else []
+    finite = [e for e in evaluations if np.isfinite(e.f_acc) and e.f_acc > 0]
+    x, y = np.array([(e.f_acc / unit, e.cost / 1e6) for e in finite]).reshape(-1, 2).T
+    shown = [r["f_acc_relative"] for rows in fronts.values() for r in rows] + [s[0] for s in star]
+    left = 0.1 * min((v for v in shown if v > 0), default=10 * x.min(initial=1))
     with default_style():
         fig, panels = _method_panels(names)
         for name, ax in zip(names, panels):
-            x = [e.f_acc / unit for e in finite]
-            ax.scatter(x, [e.cost / 1e6 for e in finite], s=3, color="#c8c8c8", lw=0)
-            rows = [r for r in results["front"] if r["method"] == name and r["feasible"]]
-            ax.plot(
-                [r["f_acc_relative"] for r in rows],
-                [r["params"] / 1e6 for r in rows],
-                marker="o",
-                markersize=3,
-                color=SEARCH_METHODS[name].color,
-            )
-            if "f_acc" in paper:
-                point = ([paper["f_acc"] / unit], [paper["params"] / 1e6])
-                ax.scatter(*point, marker="*", s=45, color=MARK, ec="white", lw=0.4, zorder=3)
+            every = ax.scatter(x[x >= left], y[x >= left], s=3, color="#c8c8c8", lw=0)
+            points = [(r["f_acc_relative"], r["params"] / 1e6) for r in fronts[name]]
+            points = [point for point in points if point[0] > 0]  # not the teacher itself
+            if points:
+                ax.plot(*zip(*points), marker="o", markersize=3, color=_color(name))
+            for point in star:
+                ax.plot(*point, **PAPER_STAR, zorder=3)
             ax.set(xscale="log", yscale="log")
             plain_log_ticks(ax.xaxis, (1,))
             plain_log_ticks(ax.yaxis)
         fig.supxlabel("$f_{acc}$ / $f_{acc}$ of the paper's architecture", fontsize=8)
         fig.supylabel("parameters, M", fontsize=8)
-        title = "front of each method; gray: all evaluations"
-        star = "; star: the paper's architecture" if "f_acc" in paper else ""
-        fig.suptitle(title + star, fontsize=8)
+        key = {"front of the method": Line2D([], [], marker="o", markersize=3, color="#444444")}
+        below = f"\n({(x < left).sum()} more farther left)" if (x < left).any() else ""
+        key[f"all evaluations{below}"] = every
+        if star:
+            key["the paper's architecture"] = Line2D([], [], ls="none", **PAPER_STAR)
+        _add_key(fig, panels, key)
+        _add_claim(fig, _state_smallest(fronts, paper, unit))
     return fig
 
 # %% ../../nbs/tools/514_search_figures.ipynb #e6955e39
+def compact_titles(steps: int) -> dict[str, str]:  # of fine-tuning
+    "What the networks of stage `compact` are called in figures and tables."
+    return dict(
+        teacher="teacher",
+        assembled="assembled, not fine-tuned",
+        paper=f"eq. 16, {steps} steps",
+        ours=f"ours, {steps} steps",
+        bundled="ours, bundled weights",
+    )
+
+
 def plot_compact(results: dict):  # of stage `compact`
     "Denoising error relative to the linear denoiser per noise level, for every network."
-    steps = results["steps"]
-    looks = dict(
-        teacher=("#000000", "teacher"),
-        assembled=("#E69F00", "assembled, not fine-tuned"),
-        paper=(PAPER, f"eq. 16, {steps} steps"),
-        ours=(OURS, f"ours, {steps} steps"),
-        bundled=("#56B4E9", "ours, bundled weights"),
+    titles = compact_titles(results["steps"])
+    colors = dict(
+        teacher="#000000", assembled=PALETTE[1], paper=PAPER, ours=OURS, bundled=PALETTE[4]
     )
     with default_style():
         fig, ax = plt.subplots(figsize=(4.6, 2.6))
         ends = []
         for (name, report), marker in zip(results["held_out"].items(), "os^Dv"):
-            color, label = looks[name]
+            color, label = colors[name], titles[name]
             levels = len(report["per_level"])
             t = (np.arange(levels) + 0.5) * results["timesteps"] / levels
             hollow = dict(markerfacecolor="none") if name == "teacher" else {}
@@ -158,7 +240,12 @@ def plot_compact(results: dict):  # of stage `compact`
             ends.append((t[-1], report["per_level"][-1], label, color))
         ax.axhline(1, color="#999999", linewidth=0.6)
         ax.set(xlabel="timestep", ylabel="error / linear denoiser's", yscale="log")
-        plain_log_ticks(ax.yaxis, range(1, 10))
-        ax.set_title("error of the noise estimate (lower is better; 1: the linear denoiser)")
+        low, high = ax.get_ylim()
+        plain_log_ticks(ax.yaxis, range(1, 10) if high < 5 * low else (1, 2, 5))
+        ratios = {n: r["ratio"] for n, r in results["held_out"].items()}
+        compact = [n for n in ratios if n != "teacher"]
+        best = min(compact, key=ratios.get)
+        claim = f"lowest error of a compact network: {titles[best]}, {ratios[best]:.3f}"
+        ax.set_title(f"{claim}\n(teacher {ratios['teacher']:.3f}, linear denoiser 1)")
         label_line_ends(ax, ends)
     return fig

@@ -5,18 +5,33 @@
 # %% ../../nbs/tools/515_study_figures.ipynb #f6cfcbde
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from .findings import FLAT, loss_decrease
-from .plots import OURS, PALETTE, default_style, label_line_ends, plain_log_ticks
+from tocsr.evaluation.plots import (
+    OURS,
+    PALETTE,
+    PAPER,
+    default_style,
+    label_line_ends,
+    plain_log_ticks,
+)
 
 # %% auto #0
 __all__ = ['TIMESTEPS', 'MARKERS', 'STRATA', 'plot_study', 'plot_rank', 'fifths', 'describe_trend', 'plot_losses']
 
 # %% ../../nbs/tools/515_study_figures.ipynb #715c5155
 TIMESTEPS = 1000  # of the noise schedule: the range of the right panel
+_COLORS = (*PALETTE, PAPER)
+
+
+def _looks(rows: list[dict]) -> list[tuple[str, str]]:
+    "Color and line style of each network, no two alike."
+    n = len(_COLORS)
+    return [(_COLORS[i % n], ("-", ":", "-.")[i // n % 3]) for i in range(len(rows))]
 
 
 def plot_study(results: dict):
@@ -27,21 +42,21 @@ def plot_study(results: dict):
 
     rows = results["rows"]
     has_advantage = results["teacher"]["ratio"] < 1
-    options = dict(figsize=(8, 2.8), width_ratios=(1.3, 1), layout="constrained")
+    options = dict(figsize=(8.4, 3), width_ratios=(1.3, 1), layout="constrained")
     with default_style():
         fig, (left, right) = plt.subplots(1, 2, **options)
         _draw_bars(left, rows, has_advantage)
         ends = []
         teacher = dict(results["teacher"], title="teacher")
-        for r, color in (*zip(rows, PALETTE * 2), (teacher, "#555555")):
+        for r, (color, line) in zip([*rows, teacher], [*_looks(rows), ("#555555", "--")]):
             t, error = _by_timestep(r)
-            right.plot(
-                t, error, color=color, linewidth=0.9, linestyle="--" if r is teacher else "-"
-            )
+            right.plot(t, error, line, color=color, linewidth=0.9)
             ends.append((t[-1], error[-1], r["title"], color))
         right.axhline(1, color="#999999", linewidth=0.6)
         right.set(xlabel="timestep", ylabel="error / linear denoiser's", yscale="log")
-        right.set_title("lower is better; 1: the linear denoiser")
+        better = [r["title"] for r in rows if max(r["per_level"]) < 1] or ["none"]
+        claim = f"better than the linear denoiser at every timestep: {', '.join(better)}"
+        right.set_title(textwrap.fill(claim, 40))
         plain_log_ticks(right.yaxis, range(1, 10))
         label_line_ends(right, ends)
     return fig
@@ -49,7 +64,7 @@ def plot_study(results: dict):
 
 def _draw_bars(ax, rows: list[dict], has_advantage: bool):
     "A bar per network with its interval, and a dot per seed."
-    for i, (r, color) in enumerate(zip(rows, PALETTE * 2)):
+    for i, (r, (color, _)) in enumerate(zip(rows, _looks(rows))):
         value, seeds, se = r["ratio"], r["ratios"], r["excess_se"]
         if has_advantage:
             value, seeds, se = r["kept"], r["kept_seeds"], r["kept_se"]
@@ -61,6 +76,11 @@ def _draw_bars(ax, rows: list[dict], has_advantage: bool):
     without = "error / linear denoiser's (the teacher has no advantage)"
     retained = "retained advantage over the linear denoiser\n(1: the teacher's, below 0: worse)"
     ax.set_xlabel(retained if has_advantage else without)
+    best = min(rows, key=lambda r: r["ratio"])
+    claim = f"{best['ratio']:.3f} of the linear denoiser's error"
+    if has_advantage:
+        claim = f"{best['kept']:.0%} of the teacher's advantage"
+    ax.set_title(textwrap.fill(f"best: {best['title']}, {claim}", 46))
 
 
 def _by_timestep(row: dict) -> tuple[list[float], list[float]]:
@@ -96,7 +116,11 @@ def plot_rank(results: dict):
             )
         k = results["f_acc"]
         if k["tau"] is not None:
-            ax.set_title(f"Kendall's tau {k['tau']:.2f} [{k['low']:.2f}, {k['high']:.2f}]")
+            claim = "No certain relation of $f_{acc}$ and the error after fine-tuning"
+            if k["low"] > 0:
+                claim = "The lower $f_{acc}$, the lower the error after fine-tuning"
+            numbers = f"Kendall's tau {k['tau']:.2f} [{k['low']:.2f}, {k['high']:.2f}]"
+            ax.set_title(f"{claim}\n{numbers}")
         ax.set(xscale="log", xlabel="$f_{acc}$ before fine-tuning")
         ax.set_ylabel("error / linear denoiser's, after (lower is better)")
         ax.legend(title="area: parameters", loc="upper left", bbox_to_anchor=(1, 1))
