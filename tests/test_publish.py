@@ -107,7 +107,7 @@ def test_what_is_finished_of_a_run_can_be_published(profile, run, tmp_path, monk
     record = json.loads((folder / "record.json").read_text())
     assert record["missing"] == ["onestep"] and not (folder / "onestep").exists()
     assert {w["name"] for w in record["weights"]} >= {"teacher", "compact", "adapt"}
-    assert "unfinished: onestep has not been computed" in (folder / "README.md").read_text()
+    assert "not computed yet: onestep." in (folder / "README.md").read_text()
     with pytest.raises(ProfileError, match="stages without a result"):
         publish_run(override(profile, seed=78), tmp_path / "none", partial=True)
 

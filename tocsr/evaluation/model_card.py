@@ -216,7 +216,7 @@ def _introduce(record: dict) -> str:
             profile=record["profile"], given=", ".join(f"`{n}`" for n in given or ())
         )
         if missing := record.get("missing"):
-            run += f" The run is unfinished: {', '.join(missing)} has not been computed."
+            run += f" The run is unfinished; not computed yet: {', '.join(missing)}."
     return (
         "Small models trained for the reproducible companion of TOC-SR (arXiv 2605.02767). "
         f"{run} Their license is Apache-2.0; the photographs keep their own licenses. Perceptual "
