@@ -23,6 +23,7 @@ from tocsr.evaluation.claims import (
     threshold_status,
     write_claims,
 )
+from .findings import DEMONSTRATIONS
 from .held_out import sampling_name
 from .influence import RELEVANT
 from .methods import RELEASED
@@ -410,11 +411,7 @@ def refresh_claims(
 
 # %% ../../nbs/tools/518_paper_claims.ipynb #f078f34b
 S4_FLOOR = 12 / 16  # epsilon loss of a network that passes 4 of 16 dimensions of white noise
-SMALL = "nano scale: a tenth of SD 1.5's width, other data, minutes of training"
-BUNDLED = (
-    "nano scale: a tenth of SD 1.5's width, other data, bundled weights, trained on one CPU thread "
-    "for the time on their model card"
-)
+NANO = "nano scale: a tenth of SD 1.5's width, other data"
 NOTEBOOKS = dict(
     vae="01_expansion",
     teacher="01_expansion",
@@ -433,9 +430,16 @@ NOTEBOOKS = dict(
 )
 
 
-def training_scale(start: str) -> str:
-    "The reason for a difference to the paper: `bundled` weights, or a short training."
-    return BUNDLED if start == "bundled" else SMALL
+def training_scale(
+    profile: str,
+    start: str = "",  # "bundled" for bundled weights
+) -> str:
+    "The reason for a difference to the paper: the width, the data, and the length of the training."
+    if profile not in DEMONSTRATIONS:
+        return f"{NANO}, {profile} run"
+    if start == "bundled":
+        return f"{NANO}, bundled weights, trained for the time on their model card"
+    return f"{NANO}, minutes of training"
 
 
 def nano_claim(
@@ -448,12 +452,13 @@ def nano_claim(
     spread: float | Sequence | None = None,
     unit: str = "",
     status: str = "partial",  # where the paper has a value
-    reason: str = SMALL,
+    reason: str = "",  # "": `training_scale`
     minimum: float | None = None,  # thresholds of our own, where it has none
     maximum: float | None = None,
     notebook: str | None = None,  # None: by the group of the id
 ) -> Claim:
     "A claim measured at nano scale; `not attempted` without a value of ours."
+    reason = reason or training_scale(profile)
     if paper is None and ours is not None:
         status = threshold_status(ours, minimum, maximum)
         reason = _own_reason(reason, minimum, maximum)
@@ -504,7 +509,7 @@ def autoencoder_claims(results: dict, p: Profile) -> list[Claim]:
             paper=reported_value("table_s5", row, "PSNR") if row else None,
             unit="dB",
             profile=p.name,
-            **dict(reason=f"{notes[id]}; {training_scale(start)}")
+            **dict(reason=f"{notes[id]}; {training_scale(p.name, start)}")
             | _mean_and_spread(results[key]["psnr"]),
         )
         for key, id, text, row in rows
@@ -531,7 +536,7 @@ def _autoencoder_tests(results: dict, p: Profile) -> list[Claim]:
                 unit="dB",
                 profile=p.name,
                 minimum=minimum,
-                reason=training_scale(p.autoencoder.start),
+                reason=training_scale(p.name, p.autoencoder.start),
             )
         )
     return claims
@@ -564,7 +569,7 @@ def teacher_claims(results: dict, p: Profile) -> list[Claim]:
                 profile=p.name,
                 maximum=maximum,
                 reason=f"{p.teacher.eval_samples} crops of this profile's held-out photographs; "
-                f"{card}{training_scale(results['start'])}",
+                f"{card}{training_scale(p.name, results['start'])}",
             )
         )
     claims += _expansion_claims(results["expansions"], p)
@@ -583,7 +588,7 @@ def _epsilon_claims(expansions: dict, p: Profile) -> list[Claim]:
     verdict = "the paper's order and floor are found" if found else "the paper's order is not found"
     reason = (
         f"{verdict}; v1 and v3 pass at most 4 of the 16 dimensions of white noise, which leaves "
-        f"12/16 = {S4_FLOOR}; {p.teacher.s4_steps} steps; {SMALL}"
+        f"12/16 = {S4_FLOOR}; {p.teacher.s4_steps} steps; {training_scale(p.name)}"
     )
     return [
         nano_claim(
@@ -620,7 +625,7 @@ def _expansion_claims(expansions: dict, p: Profile) -> list[Claim]:
                 spread=row["sem"],
                 profile=p.name,
                 status="differs",
-                reason=f"{floor}; {SMALL}",
+                reason=f"{floor}; {training_scale(p.name)}",
             )
         )
     return claims
@@ -640,7 +645,7 @@ def influence_claims(
     p: Profile,
 ) -> list[Claim]:
     "How much the teacher's output depends on each stage."
-    start = training_scale(p.teacher.start)
+    start = training_scale(p.name, p.teacher.start)
     claims = [
         nano_claim(
             f"teacher.influence.{stage}",
@@ -680,7 +685,7 @@ def compact_claims(results: dict, p: Profile, relevance: str) -> list[Claim]:
             unit="x",
             profile=p.name,
             reason=f"the size is the target of the selection, so the ratio is given; {relevance}; "
-            f"{SMALL}",
+            f"{training_scale(p.name)}",
         ),
         nano_claim(
             "compact.gmacs_ratio",
@@ -689,14 +694,14 @@ def compact_claims(results: dict, p: Profile, relevance: str) -> list[Claim]:
             ours=ratios["macs"],
             unit="x",
             profile=p.name,
-            reason=f"another architecture than the paper's; {SMALL}",
+            reason=f"another architecture than the paper's; {training_scale(p.name)}",
         ),
         nano_claim(
             "compact.linear_ratio",
             "denoising error of the network found relative to the best linear denoiser's",
             ours=held_out[results["variants"][0]]["ratio"],
             profile=p.name,
-            reason=training_scale(start),
+            reason=training_scale(p.name, start),
         ),
     ]
 
@@ -799,7 +804,7 @@ def _comparison_claim(c: _Comparison, results: dict, p: Profile) -> Claim:
     if isinstance(v, str):
         reason = v.removeprefix("not available: ")
         return nano_claim(c.id, c.text, ours=None, unit=unit, profile=p.name, reason=reason)
-    size = p.data.patch if same else p.eval.crop
+    crops = f"{v['n']} crops of {p.data.patch if same else p.eval.crop} px"
     return nano_claim(
         c.id,
         c.text,
@@ -809,7 +814,7 @@ def _comparison_claim(c: _Comparison, results: dict, p: Profile) -> Claim:
         profile=p.name,
         minimum=c.minimum,
         maximum=c.maximum,
-        reason="; ".join(filter(None, (c.note, f"{v['n']} crops of {size} px", SMALL))),
+        reason="; ".join(filter(None, (c.note, crops, training_scale(p.name)))),
     )
 
 
@@ -890,7 +895,7 @@ def adapt_claims(results: dict, p: Profile) -> list[Claim]:
                 f"adapt.{id}",
                 f"ST-LPIPS of {text}, crops of {p.eval.crop} px",
                 profile=p.name,
-                **dict(reason=SMALL) | _mean_and_spread(summary),
+                **dict(reason=training_scale(p.name)) | _mean_and_spread(summary),
             )
         )
     return claims + [
@@ -917,7 +922,7 @@ def _method_claims(rows: Sequence[dict], p: Profile) -> list[Claim]:
             continue
         id = _METHOD_IDS[row["method"]]
         paper = reported_value("table_1", "TOC-SR", "PSNR") if id == "paper" else None
-        known = dict(reason=training_scale(id)) | _mean_and_spread(row["psnry"])
+        known = dict(reason=training_scale(p.name, id)) | _mean_and_spread(row["psnry"])
         claims.append(
             nano_claim(
                 f"sr.psnry_{id}",
@@ -1003,7 +1008,7 @@ def capacity_claims(
                     spread=(v["low"], v["high"]),
                     status=status,
                     reason=f"{p.ablation.steps} steps from random weights, {v['n']} crops; the "
-                    f"paper: {printed} on DIV2K-Val; {SMALL}",
+                    f"paper: {printed} on DIV2K-Val; {training_scale(p.name)}",
                     **known,
                 )
             )

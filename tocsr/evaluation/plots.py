@@ -28,7 +28,7 @@ from ..core.image import to_array
 from ..core.store import Artifact, machine
 
 # %% auto #0
-__all__ = ['markdown_table', 'mark_best', 'csv_table', 'save_table']
+__all__ = ['format_cell', 'markdown_table', 'csv_table', 'save_table']
 
 # %% ../../nbs/tools/501_plots.ipynb #826e6350
 PALETTE = ("#0072B2", "#E69F00", "#CC79A7", "#000000", "#56B4E9", "#D55E00")
@@ -526,15 +526,15 @@ def as_png(fig: plt.Figure, colors: int = 128) -> EncodedFigure:
     return EncodedFigure(out.getvalue(), "png")
 
 # %% ../../nbs/tools/501_plots.ipynb #1db7eade
-def _format_cell(value, digits: int, notes: list[str]) -> str:
+def format_cell(value, digits: int, notes: list[str]) -> str:
     "One cell of a Markdown table; reasons for missing values are collected in `notes`."
     if value is None:
         return "not measured"
     if isinstance(value, dict):
-        text = _format_cell(value["mean"], digits, notes)
+        text = format_cell(value["mean"], digits, notes)
         if value["low"] is None:
             return text
-        low, high = (_format_cell(value[k], digits, notes) for k in ("low", "high"))
+        low, high = (format_cell(value[k], digits, notes) for k in ("low", "high"))
         return f"{text} [{low}, {high}]"
     if isinstance(value, str) and value.startswith("not available: "):
         if value not in notes:
@@ -555,35 +555,12 @@ def markdown_table(
     columns = list(dict.fromkeys(k for r in rows for k in r))
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     for r in rows:
-        lines.append(f"| {' | '.join(_format_cell(r.get(c), digits, notes) for c in columns)} |")
+        lines.append(f"| {' | '.join(format_cell(r.get(c), digits, notes) for c in columns)} |")
     parts = [caption] if caption else []
     parts.append("\n".join(lines))
     if notes:
         parts.append("\n".join(f"({i}) {n}  " for i, n in enumerate(notes, 1)))
     return "\n\n".join(parts) + "\n"
-
-
-def mark_best(
-    rows: Sequence[dict],
-    column: str,
-    pick: Callable[[Sequence[float]], float] = min,  # or max
-    values: Sequence[float | None] | None = None,  # by row, where the cells are not numbers
-    digits: int = 4,
-) -> list[dict]:
-    """Rows whose best values of a column are bold; as they are where fewer than two have one.
-
-    Cells are numbers or summaries with a mean. A row without a value takes no part.
-    """
-    cells = [r.get(column) for r in rows]
-    if values is None:
-        numbers = [c["mean"] if isinstance(c, dict) else c for c in cells]
-        values = [n if isinstance(n, (int, float, np.number)) else None for n in numbers]
-    found = [v for v in values if v is not None]
-    if len(found) < 2:
-        return list(rows)
-    best = pick(found)
-    bold = [f"**{_format_cell(c, digits, [])}**" if v == best else c for c, v in zip(cells, values)]
-    return [r | {column: c} if column in r else r for r, c in zip(rows, bold)]
 
 
 def _flatten_row(row: dict) -> dict:

@@ -34,11 +34,12 @@ class ReleaseRun:
 
     profile: Profile
     results: dict[str, dict]  # by stage
-    curves: dict[str, dict[str, list[float]]]  # stage -> network -> thinned loss curve
+    curves: dict[str, dict[str, list[float]]]  # stage -> network -> mean losses of its curve
     hours: dict[str, float]  # by stage
     influence: dict[str, float]  # of the teacher's stages, at the noisier half of the levels
     relevant_share: float  # of the teacher's parameters, in stages that count as relevant
     machine: str  # of the last stage
+    notes: tuple[str, ...]  # what to know of the hours
 
     @property
     def total_hours(self) -> float:
@@ -95,9 +96,8 @@ def read_release(
         hours={name: meta["wall_s"] / 3600 for name, meta in stages.items()},
         influence=teacher[INFLUENCE],
         relevant_share=teacher[RELEVANT_SHARE],
-        machine=last["machine"]["cpu"]
-        if not last["machine"].get("gpu")
-        else last["machine"]["gpu"],
+        machine=last["machine"].get("gpu") or last["machine"]["cpu"],
+        notes=tuple(w["note"].rstrip(".") for w in record["weights"] if w.get("note")),
     )
 
 # %% ../../nbs/tools/525_release_run.ipynb #dfc55db2
@@ -202,46 +202,33 @@ def _autoencoder_gates(run: ReleaseRun) -> list[Claim]:
 def _stage_claims(run: ReleaseRun) -> list[Claim]:
     "Claims of the run under the ids that profile `cpu` uses, and its gates."
     r, p = run.results, run.profile
-    relevance = paper_claims.describe_relevance(run.relevant_share)
     claims = [
         *_autoencoder_gates(run),
         *_teacher_gates(run),
         *paper_claims.influence_claims(run.influence, run.relevant_share, p),
     ]
     if "compact" in r:
-        claims += [*_compact_gates(run), *paper_claims.compact_claims(r["compact"], p, relevance)]
+        claims += _compact_gates(run)
     if "adapt" in r:
         claims += paper_claims.adapt_claims(r["adapt"], p)
     if "onestep" in r:
         claims += paper_claims.onestep_claims(r["onestep"], p)
-    claims.append(
-        _gate(
-            "release.hours_cpu",
-            f"hours of stages {', '.join(run.hours)}",
-            run.total_hours,
-            run,
-            unit="h",
-            maximum=20,
-            reason=run.machine,
-            notebook="07_paper",
-        )
-    )
     return claims
 
 
 def release_claims(run: ReleaseRun) -> list[Claim]:
     "Claims `release.*`: what the records of the run say, and the gates of its stages."
-    trained = f"nano scale; release run, {run.total_hours:.1f} h on {run.machine}"
-    return [
-        replace(
-            c,
-            id=c.id if c.id.startswith(PREFIX) else PREFIX + c.id,
-            reason=c.reason.replace(paper_claims.SMALL, trained).replace(
-                paper_claims.BUNDLED, trained
-            ),
-        )
-        for c in _stage_claims(run)
-    ]
+    hours = _gate(
+        "release.hours_cpu",
+        f"hours of stages {', '.join(run.hours)}",
+        run.total_hours,
+        run,
+        unit="h",
+        maximum=20,
+        reason="; ".join((run.machine, *run.notes)),
+        notebook="07_paper",
+    )
+    return [*(replace(c, id=PREFIX + c.id) for c in _stage_claims(run)), hours]
 
 
 def refresh_release_claims(folder: str | Path):
@@ -275,15 +262,17 @@ def gates_table(claims: Sequence[Claim]) -> list[dict]:
     return rows
 
 # %% ../../nbs/tools/525_release_run.ipynb #04638e18
-def release_evidence(run: ReleaseRun) -> Evidence:
+def release_evidence(
+    run: ReleaseRun,
+    claims: Sequence[Claim],  # of `release_claims`
+) -> Evidence:
     "What the findings of the run are computed from."
     r = run.results
     one_step = r.get("onestep", {})
     trained = one_step.get("training_size", one_step)
-    named = {c.id.removeprefix(PREFIX): c for c in release_claims(run)}
     return Evidence(
         profile=run.profile,
-        claims=named,
+        claims={c.id.removeprefix(PREFIX): c for c in claims},
         results=r,
         curves={"compact": {}, "adapt": r.get("adapt", {}).get("loss", {})} | run.curves,
         influence=run.influence,
@@ -292,9 +281,11 @@ def release_evidence(run: ReleaseRun) -> Evidence:
     )
 
 
-def with_release_run(findings: Sequence[Finding], run: ReleaseRun | None) -> list[Finding]:
+def with_release_run(
+    findings: Sequence[Finding],
+    run: ReleaseRun,
+    claims: Sequence[Claim],  # of `release_claims`
+) -> list[Finding]:
     "The findings, those replaced that the release run has evidence for."
-    if run is None:
-        return list(findings)
-    own = {f.id: f for f in list_release_findings(release_evidence(run))}
+    own = {f.id: f for f in list_release_findings(release_evidence(run, claims))}
     return [own.get(f.id, f) for f in findings]

@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from numbers import Real
 
 from .metrics import METRICS, Metric
+from .plots import format_cell
 
 BETTER_HIGH = ("PSNR", "SSIM", "MUSIQ")
 BETTER_LOW = ("LPIPS", "ST-LPIPS", "FID", "NIQE")
 
 # %% auto #0
-__all__ = ['BETTER_HIGH', 'BETTER_LOW', 'UNRANKED', 'TEXT_COLUMNS', 'readable_table', 'fold', 'results_markdown']
+__all__ = ['BETTER_HIGH', 'BETTER_LOW', 'UNRANKED', 'readable_table', 'mark_best', 'fold', 'results_markdown']
 
 # %% ../../nbs/tools/524_tables.ipynb #1d0c66c2
 def _number(cell) -> float | None:
@@ -31,6 +32,11 @@ def _format_number(x: float) -> str:
     return f"{x:#.3g}".rstrip(".")
 
 
+def _best_number(numbers: Sequence[float], lower: bool) -> float | None:
+    "The best of some numbers, None where fewer than two are there."
+    return (min if lower else max)(numbers) if len(numbers) > 1 else None
+
+
 def _best(rows: Sequence[dict], column: str, unranked: Sequence[str], label: str) -> float | None:
     "The best number of a column, None where no direction is better or fewer than two are there."
     last = column.split()[-1]  # "DRealSR PSNR"
@@ -38,13 +44,11 @@ def _best(rows: Sequence[dict], column: str, unranked: Sequence[str], label: str
         return None
     ranked = [r for r in rows if not any(u in r[label] for u in unranked)]
     numbers = [n for r in ranked if (n := _number(r.get(column))) is not None]
-    if len(numbers) < 2:
-        return None
-    return max(numbers) if last in BETTER_HIGH else min(numbers)
+    return _best_number(numbers, lower=last in BETTER_LOW)
 
 # %% ../../nbs/tools/524_tables.ipynb #7a1ed075
 UNRANKED = ("reconstruction of HR",)  # upper bounds, not methods
-TEXT_COLUMNS = ("way",)  # shown where rows differ in them
+_TEXT_COLUMNS = ("way",)  # shown where rows differ in them
 
 
 def readable_table(
@@ -86,19 +90,40 @@ def _visible_columns(rows: Sequence[dict], label: str) -> list[str]:
         if c in (label, "source"):
             continue
         ours = (r.get(c) for r in rows if r["source"].startswith("measured"))
-        differs = c in TEXT_COLUMNS and len(set(ours)) > 1
+        differs = c in _TEXT_COLUMNS and len(set(ours)) > 1
         if differs or any(_number(r.get(c)) is not None for r in rows):
             columns.append(c)
     return columns
 
 
 def _format_cell(row: dict, column: str, best: float | None) -> str:
-    "A number, bold if it is the best one, a text of `TEXT_COLUMNS`, or a dash."
+    "A number, bold if it is the best one, a text of `_TEXT_COLUMNS`, or a dash."
     n = _number(row.get(column))
     if n is None:
         measured = row["source"].startswith("measured")
-        return str(row[column]) if column in TEXT_COLUMNS and measured else "–"
+        return str(row[column]) if column in _TEXT_COLUMNS and measured else "–"
     return f"**{_format_number(n)}**" if n == best else _format_number(n)
+
+
+def mark_best(
+    rows: Sequence[dict],  # for `markdown_table`
+    column: str,
+    *,
+    higher: bool = False,  # whether higher is better
+    values: Sequence[float | None] | None = None,  # by row, where the cells are not numbers
+    digits: int = 4,
+) -> list[dict]:
+    """Rows whose best values of a column are bold; as they are where fewer than two have one.
+
+    Cells are numbers or summaries with a mean. A row without a value takes no part.
+    """
+    cells = [r.get(column) for r in rows]
+    values = [_number(c) for c in cells] if values is None else values
+    best = _best_number([v for v in values if v is not None], lower=not higher)
+    if best is None:
+        return list(rows)
+    bold = [f"**{format_cell(c, digits, [])}**" if v == best else c for c, v in zip(cells, values)]
+    return [r | {column: c} if column in r else r for r, c in zip(rows, bold)]
 
 
 def fold(
@@ -175,9 +200,9 @@ def _column_texts(
     rounded = {i: _format_number(n) for i, n in numbers.items()}
     if lower is None or len(set(rounded.values())) < 2:
         return texts
-    best = (min if lower else max)(numbers, key=numbers.get)
+    best = _format_number(_best_number(list(numbers.values()), lower))
     for i in rounded:
-        if rounded[i] == rounded[best]:
+        if rounded[i] == best:
             number, space, rest = texts[i].partition(" ")
             texts[i] = f"**{number}**{space}{rest}"
     return texts

@@ -167,6 +167,7 @@ def collect(
     findings = collect_findings(got, p, claims, **known)
     release = read_release() if p.name in DEMONSTRATIONS else None
     if release is not None:  # the long run is the better evidence
-        claims += release_claims(release)
-        findings = with_release_run(findings, release)
+        own = release_claims(release)
+        claims += own
+        findings = with_release_run(findings, release, own)
     return claims, findings
